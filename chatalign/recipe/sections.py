@@ -1,0 +1,304 @@
+"""The sections that recipes are made of. Field names are Hugging Face's own, verbatim, so their docs apply.
+
+A field is here because a stage reads it; each class names the library class whose fields it holds, and a
+contract test compares the two. Sections are frozen, refuse unknown keys, and import nothing heavy.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """Frozen, keyword-only, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model, by ``from_pretrained``'s own names.
+
+    ``name_or_path`` is a Hub id, a folder with a model or an adapter, or a chatalign run folder; in a pipeline
+    the name of an earlier stage. ``config`` (a model configuration as a mapping with ``model_type``) makes a
+    model from nothing instead, with the tokenizer of ``tokenizer_name_or_path``.
+    """
+
+    name_or_path: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer_name_or_path: str | None = None
+    revision: str = "main"
+    dtype: DtypeName = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: Literal[False] = False
+    chat_template_path: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if self.name_or_path and self.config:
+            raise ValueError("`name_or_path` and `config` contradict each other: give one of the two")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("`config` needs a `model_type`, such as llama")
+        if self.config is not None and not self.tokenizer_name_or_path:
+            raise ValueError("`config` makes a model from nothing: give `tokenizer_name_or_path` too")
+        return self
+
+
+class QuantizationSection(Section):
+    """``transformers.BitsAndBytesConfig``: 4-bit (QLoRA) or 8-bit weights for the frozen base."""
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    llm_int8_threshold: float = 6.0
+
+    @model_validator(mode="after")
+    def _one_width(self) -> QuantizationSection:
+        if self.load_in_4bit == self.load_in_8bit:
+            raise ValueError("set exactly one of `load_in_4bit` and `load_in_8bit` to true")
+        return self
+
+
+class LoraSection(Section):
+    """``peft.LoraConfig``. All linear layers by default, alpha = 2 r (the alignment-handbook's and Axolotl's habit)."""
+
+    r: Count = 16
+    lora_alpha: Count = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    layers_to_transform: int | list[int] | None = None
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, int] = {}
+
+
+Format = Literal[
+    "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "hh", "unpaired", "text", "prompt"
+]
+
+
+class DatasetSource(Section):
+    """One source of rows: a local file or folder (json, jsonl, parquet, csv, txt) or a Hub dataset.
+
+    ``format`` is recognised from the columns where it isn't given; ``columns`` maps the schema's names to the
+    file's (``{prompt: question, completion: answer}``). ``weight`` is relative to the other sources' weights:
+    the mixture draws rows in that proportion; without weights every row of every source is used once.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    format: Format | None = None
+    columns: dict[str, str] = {}
+    weight: Positive | None = None
+    max_rows: Count | None = None
+    system: str | None = None
+
+
+class DataSection(Section):
+    """What to train on, and how rows become tokens."""
+
+    datasets: Annotated[list[DatasetSource], Field(min_length=1)]
+    eval_datasets: list[DatasetSource] = []
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_prompt_length: Count | None = None
+    packing: bool = True
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    on_bad_row: Literal["error", "drop"] = "error"
+    supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
+    apply_chat_template: bool = True
+    num_proc: Count | None = None
+
+    @model_validator(mode="after")
+    def _weights_on_all_or_none(self) -> DataSection:
+        weighted = [source.weight is not None for source in self.datasets]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give `weight` to every entry of `datasets` or to none")
+        return self
+
+
+class TrainSection(Section):
+    """``transformers.TrainingArguments``: the fields that a stage passes on, with the stage's own defaults."""
+
+    learning_rate: Positive | None = None  # None: the stage's published default, full or LoRA
+    num_train_epochs: Positive = 1.0
+    max_steps: int = -1
+    per_device_train_batch_size: Count = 8
+    per_device_eval_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    warmup_steps: NonNegative = 0.03  # below 1: a share of all steps
+    optim: str = "adamw_torch_fused"
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: NonNegative = 1.0
+    bf16: bool = False
+    fp16: bool = False
+    tf32: bool | None = None
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    neftune_noise_alpha: NonNegative | None = None
+    logging_steps: Positive = 10
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    eval_steps: Positive | None = None
+    eval_on_start: bool = False
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    save_steps: Positive = 200
+    save_total_limit: Count | None = 2
+    seed: Annotated[int, Field(ge=0)] = 42
+    data_seed: int | None = None
+    full_determinism: bool = False
+    use_cpu: bool = False
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    ddp_find_unused_parameters: bool | None = None
+    ddp_timeout: Count = 1800
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> TrainSection:
+        if self.bf16 and self.fp16:
+            raise ValueError("`bf16` and `fp16` contradict each other: set one of the two")
+        return self
+
+
+class HubSection(Section):
+    """Where the finished run is uploaded. The token comes from ``HF_TOKEN`` or the Hub's login, never from here."""
+
+    push: bool = False
+    repo: str | None = None
+    private: bool = True
+
+    @model_validator(mode="after")
+    def _repo_where_pushed(self) -> HubSection:
+        if self.push and not self.repo:
+            raise ValueError("`push: true` needs `repo`, such as me/my-assistant")
+        return self
+
+
+class DpoSection(Section):
+    """``trl.DPOConfig``'s fields. ``loss_type`` names a function of :mod:`chatalign.maths.preference`."""
+
+    beta: Positive = 0.1
+    loss_type: str = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    sft_weight: NonNegative = 0.0  # RPO's negative log-likelihood of the chosen reply (arXiv 2404.19733)
+
+
+class RewardSection(Section):
+    """``trl.RewardConfig``'s field, and the normalisation that is stored with the model."""
+
+    center_rewards_coefficient: NonNegative | None = None
+    normalize: bool = True  # mean and std of training scores saved with the model (N+ details, 2403.17031)
+
+
+class RewardFunction(Section):
+    """One term of PPO's reward: a reward model, or a Python function ``path/to/file.py:name``, with its weight."""
+
+    model: str | None = None
+    function: str | None = None
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> RewardFunction:
+        if bool(self.model) == bool(self.function):
+            raise ValueError("give exactly one of `model` and `function`")
+        if self.function and ":" not in self.function:
+            raise ValueError("`function` is path/to/file.py:name")
+        return self
+
+
+class PpoSection(Section):
+    """PPO's own settings; names as in the removed ``trl.PPOConfig`` where it had them.
+
+    ``rollout_batch_size`` prompts a rollout over all processes; each is split into ``num_mini_batches`` optimizer
+    steps, ``num_ppo_epochs`` times. ``total_episodes`` replies in all.
+    """
+
+    total_episodes: Count = 4096
+    rollout_batch_size: Count = 64
+    num_ppo_epochs: Count = 4
+    num_mini_batches: Count = 1
+    response_length: Count = 64
+    min_response_length: Annotated[int, Field(ge=0)] = 0
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    kl_coef: NonNegative = 0.05
+    kl_control: Literal["fixed", "adaptive"] = "fixed"
+    kl_target: Positive = 6.0
+    kl_horizon: Positive = 10000
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    cliprange: Positive = 0.2
+    cliprange_value: Positive = 0.2
+    vf_coef: NonNegative = 0.1
+    entropy_coef: NonNegative = 0.0
+    ptx_coef: NonNegative = 0.0
+    target_kl: Positive | None = None
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    missing_eos_penalty: NonNegative | None = 1.0
+    reward_clip: Positive | None = None
+    normalize_reward: bool = True
+    value: Literal["shared", "separate"] = "shared"
+    value_init: Literal["reward", "policy"] = "reward"
+    value_learning_rate: Positive | None = None
+    value_warmup_rollouts: Annotated[int, Field(ge=0)] = 0
+    rewards: list[RewardFunction] = []
+
+    @model_validator(mode="after")
+    def _minibatches_divide(self) -> PpoSection:
+        if self.rollout_batch_size % self.num_mini_batches:
+            raise ValueError("`rollout_batch_size` must be a multiple of `num_mini_batches`")
+        if self.total_episodes < self.rollout_batch_size:
+            raise ValueError("`total_episodes` must be at least `rollout_batch_size`")
+        return self
+
+
+class KtoSection(Section):
+    """``trl.KTOConfig``'s fields."""
+
+    beta: Positive = 0.1
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
+
+
+class EvalSection(Section):
+    """What ``chatalign eval`` and a pipeline's eval stage measure.
+
+    ``prompts`` are held-out prompts, each answered greedily or by sampling; ``gold`` is ``path/to/file.py:name``, a
+    function that scores a reply; ``metrics`` are names of ``evaluate`` metrics that load without a network.
+    """
+
+    prompts: DatasetSource | None = None
+    pairs: DatasetSource | None = None
+    texts: DatasetSource | None = None
+    gold: str | None = None
+    metrics: list[Literal["bleu", "rouge", "accuracy"]] = []
+    max_new_tokens: Count = 64
+    temperature: NonNegative = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    batch_size: Count = 64
+    samples: Annotated[int, Field(ge=0)] = 6
+    baseline: str | None = None
+    seed: Annotated[int, Field(ge=0)] = 0

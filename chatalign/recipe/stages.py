@@ -1,0 +1,162 @@
+"""The recipe of each stage, and of a pipeline: sections put together, with what must not contradict."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from chatalign.recipe.sections import (
+    DataSection,
+    DpoSection,
+    EvalSection,
+    HubSection,
+    KtoSection,
+    LoraSection,
+    ModelSection,
+    PpoSection,
+    QuantizationSection,
+    RewardSection,
+    Section,
+    TrainSection,
+)
+
+Tracking = Literal["none", "wandb", "tensorboard", "trackio"]
+Engine = Literal["native", "trl"]
+
+
+class StageRecipe(Section):
+    """What every training stage has."""
+
+    stage: str
+    output_dir: str
+    model: ModelSection = ModelSection()
+    quantization: QuantizationSection | None = None
+    lora: LoraSection | None = None
+    data: DataSection
+    train: TrainSection = TrainSection()
+    tracking: Tracking = "none"
+    run_name: str | None = None
+    hub: HubSection = HubSection()
+
+    @model_validator(mode="after")
+    def _quantized_base_is_frozen(self) -> StageRecipe:
+        if self.quantization and not self.lora and self.stage in ("pretrain", "sft"):
+            raise ValueError("`quantization` freezes the base: add a `lora` section to train (QLoRA)")
+        return self
+
+
+class PretrainRecipe(StageRecipe):
+    """Next-token training on plain text, from nothing or from a model.
+
+    ``pretrained`` names the finished model that this recipe made; it is verified and taken instead of training
+    unless ``from_scratch`` is true.
+    """
+
+    stage: Literal["pretrain"]
+    pretrained: str | None = None
+    from_scratch: bool = False
+
+
+class SftRecipe(StageRecipe):
+    """Supervised fine-tuning on demonstrations (Ouyang et al., 2203.02155, step 1)."""
+
+    stage: Literal["sft"]
+    engine: Engine = "native"
+
+
+class RewardRecipe(StageRecipe):
+    """A reward model from preference pairs (2203.02155, step 2, equation 1)."""
+
+    stage: Literal["reward"]
+    reward: RewardSection = RewardSection()
+    engine: Engine = "native"
+
+
+class DpoRecipe(StageRecipe):
+    """Direct preference optimisation (Rafailov et al., 2305.18290); the reference is the starting policy."""
+
+    stage: Literal["dpo"]
+    dpo: DpoSection = DpoSection()
+    engine: Engine = "native"
+
+
+class PpoRecipe(StageRecipe):
+    """PPO on a reward model or Python rewards (2203.02155, step 3; 2403.17031).
+
+    ``ptx_data`` are the pretraining or demonstration rows mixed in where ``ppo.ptx_coef`` is above 0.
+    """
+
+    stage: Literal["ppo"]
+    reward_model: ModelSection | None = None
+    ppo: PpoSection = PpoSection()
+    ptx_data: DataSection | None = None
+
+    @model_validator(mode="after")
+    def _something_rewards(self) -> PpoRecipe:
+        if self.reward_model is None and not self.ppo.rewards:
+            raise ValueError("PPO needs a reward: give `reward_model` or `ppo.rewards`")
+        if (self.ppo.ptx_coef > 0) != (self.ptx_data is not None):
+            raise ValueError("`ppo.ptx_coef` above 0 and `ptx_data` go together: give both or neither")
+        return self
+
+
+class KtoRecipe(StageRecipe):
+    """KTO (Ethayarajh et al., 2402.01306) on unpaired feedback, run by TRL."""
+
+    stage: Literal["kto"]
+    kto: KtoSection = KtoSection()
+
+
+class EvalRecipe(Section):
+    """Measures models side by side: the first of ``models`` named by ``eval.baseline`` is what others are held to."""
+
+    stage: Literal["eval"]
+    output_dir: str
+    models: dict[str, ModelSection] = {}
+    reward_model: ModelSection | None = None
+    eval: EvalSection
+    tracking: Tracking = "none"
+
+
+Recipe = PretrainRecipe | SftRecipe | RewardRecipe | DpoRecipe | PpoRecipe | KtoRecipe | EvalRecipe
+
+STAGES: dict[str, type[Section]] = {
+    "pretrain": PretrainRecipe,
+    "sft": SftRecipe,
+    "reward": RewardRecipe,
+    "dpo": DpoRecipe,
+    "ppo": PpoRecipe,
+    "kto": KtoRecipe,
+    "eval": EvalRecipe,
+}
+
+
+class PipelineStage(Section):
+    """A stage of a pipeline: its recipe, where its inputs come from, and what it changes in the recipe.
+
+    ``model``, ``reward_model`` and ``models`` take an earlier stage's name, a Hub id or a folder. ``overrides``
+    are dotted keys of the recipe, as on the command line.
+    """
+
+    recipe: str
+    model: str | None = None
+    reward_model: str | None = None
+    models: list[str] = []
+    overrides: dict[str, Any] = {}
+
+
+class PipelineRecipe(Section):
+    """Stages in order, chained by name; each runs in ``output_dir/NAME``."""
+
+    pipeline: str
+    output_dir: str
+    stages: Annotated[dict[str, PipelineStage], Field(min_length=1)]
+
+    @field_validator("stages")
+    @classmethod
+    def _plain_names(cls, stages: dict[str, PipelineStage]) -> dict[str, PipelineStage]:
+        for name in stages:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"stage name {name!r}: use letters, digits, - and _")
+        return stages
