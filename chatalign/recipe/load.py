@@ -212,6 +212,8 @@ def _nearest(model: type[Section], dotted: str) -> str:
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
     if near := difflib.get_close_matches(name, list(siblings), n=1):
         return f"did you mean `{siblings[near[0]]}`?"
+    if starts := [sibling for sibling in siblings if name.startswith(sibling) or sibling.startswith(name)]:
+        return f"did you mean `{siblings[max(starts, key=len)]}`?"
     elsewhere = {key.rpartition(".")[2]: key for key in keys}
     if name in elsewhere:
         return f"did you mean `{elsewhere[name]}`?"

@@ -199,6 +199,7 @@ class DpoSection(Section):
     beta: Positive = 0.1
     loss_type: str = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    precompute_ref_log_probs: bool = False
     sft_weight: NonNegative = 0.0  # RPO's negative log-likelihood of the chosen reply (arXiv 2404.19733)
 
 

@@ -1,0 +1,203 @@
+"""Run folders: what a recipe's run is called, whether it is finished, and how a run is opened.
+
+A run's *fingerprint* covers everything that its result depends on: the recipe without its place and reporting,
+the parents' fingerprints, the contents of local data and model files, and chatalign's version. Where a finished
+run has the same fingerprint there is nothing to do; where an unfinished one has, it goes on from its checkpoint;
+anything else in the folder is moved aside to ``NAME.previous``, never deleted unasked. Light: no torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from chatalign import __version__
+from chatalign.artifact import (
+    ARTIFACT_FILE,
+    MODEL_FOLDER,
+    Artifact,
+    Parent,
+    fingerprint,
+    load_artifact,
+    sha256_file,
+    sha256_weights,
+    write_json,
+)
+from chatalign.errors import ArtifactError, RecipeError
+from chatalign.recipe import DatasetSource, ModelSection, Recipe
+
+RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
+Status = Literal["finished", "resumable", "stale", "new"]
+_NOT_IN_FINGERPRINT = {"output_dir", "tracking", "hub", "run_name"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """An opened run: where it writes, and who it is."""
+
+    folder: Path
+    run_id: str
+    fingerprint: str
+    parents: list[Parent]
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the finished model or adapter goes."""
+        return self.folder / MODEL_FOLDER
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.folder / CHECKPOINTS
+
+
+def model_inputs(recipe: Recipe) -> dict[str, ModelSection]:
+    """The models that a recipe starts from, by role."""
+    inputs: dict[str, ModelSection] = {}
+    for role in ("model", "reward_model"):
+        section = getattr(recipe, role, None)
+        if section is not None and section.name_or_path:
+            inputs[role] = section
+    for name, section in getattr(recipe, "models", {}).items():
+        inputs[name] = section
+    for i, reward in enumerate(getattr(getattr(recipe, "ppo", None), "rewards", [])):
+        if reward.model:
+            inputs[f"reward_{i}"] = ModelSection(name_or_path=reward.model)
+    return inputs
+
+
+def data_sources(recipe: Recipe) -> list[DatasetSource]:
+    """Every source of rows that a recipe names."""
+    sources: list[DatasetSource] = []
+    for section in (getattr(recipe, "data", None), getattr(recipe, "ptx_data", None)):
+        if section is not None:
+            sources += [*section.datasets, *section.eval_datasets]
+    evaluation = getattr(recipe, "eval", None)
+    if evaluation is not None:
+        sources += [source for source in (evaluation.prompts, evaluation.pairs, evaluation.texts) if source]
+    return sources
+
+
+def parents_of(recipe: Recipe) -> list[Parent]:
+    """The chatalign runs among a recipe's model inputs; raises ArtifactError where one is unfinished."""
+    parents = []
+    for role, section in model_inputs(recipe).items():
+        folder = Path(section.name_or_path or "")
+        if (folder / RUN_FILE).is_file() or (folder / ARTIFACT_FILE).is_file():
+            artifact = load_artifact(folder)
+            parents.append(
+                Parent(role=role, path=str(folder), run_id=artifact.run_id, fingerprint=artifact.fingerprint)
+            )
+    return parents
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """The fingerprint of the run that `recipe` describes, from the files as they are now."""
+    settings = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _NOT_IN_FINGERPRINT}
+    parents = {parent.role: parent.fingerprint for parent in parents_of(recipe)}
+    models = {}
+    for role, section in model_inputs(recipe).items():
+        if role in parents:  # the parent's fingerprint stands for it, wherever its folder is
+            _drop_path(settings, role)
+        elif Path(section.name_or_path or "").is_dir():
+            models[role] = sha256_weights(section.name_or_path or "")
+    return fingerprint(
+        {
+            "recipe": settings,
+            "parents": parents,
+            "models": models,
+            "data": [_content(source.path) for source in data_sources(recipe)],
+            "functions": [_content(path) for path in _function_files(recipe)],
+            "chatalign": __version__,
+        }
+    )
+
+
+def _drop_path(settings: dict[str, Any], role: str) -> None:
+    for place in (settings.get(role), (settings.get("models") or {}).get(role)):
+        if isinstance(place, dict):
+            place["name_or_path"] = role
+
+
+def _function_files(recipe: Recipe) -> list[str]:
+    named = [reward.function for reward in getattr(getattr(recipe, "ppo", None), "rewards", [])]
+    named.append(getattr(getattr(recipe, "eval", None), "gold", None))
+    return [name.rpartition(":")[0] for name in named if name]
+
+
+def _content(path: str) -> str:
+    """What stands for a source in a fingerprint: its files' hash, or its Hub name."""
+    place = Path(path)
+    if place.is_file():
+        return sha256_file(place)
+    if place.is_dir():
+        return fingerprint({p.name: sha256_file(p) for p in sorted(place.rglob("*")) if p.is_file()})
+    return path
+
+
+def status(folder: str | Path, run_fingerprint: str) -> Status:
+    """What a run folder holds for a run of this fingerprint."""
+    folder = Path(folder)
+    if not folder.exists() or not any(folder.iterdir()):
+        return "new"
+    try:
+        if load_artifact(folder).fingerprint == run_fingerprint:
+            return "finished"
+    except ArtifactError:
+        pass  # unfinished or unreadable: the run file below decides
+    else:
+        return "stale"
+    begun = _read_run_file(folder)
+    return "resumable" if begun.get("fingerprint") == run_fingerprint else "stale"
+
+
+def open_run(recipe: Recipe) -> Run:
+    """Make the run folder ready: go on in it where it is the same run, else start anew beside what was there."""
+    folder = Path(recipe.output_dir)
+    run_fingerprint = recipe_fingerprint(recipe)
+    parents = parents_of(recipe)
+    state = status(folder, run_fingerprint)
+    if state == "resumable":
+        run_id = str(_read_run_file(folder)["run_id"])
+        return Run(folder=folder, run_id=run_id, fingerprint=run_fingerprint, parents=parents)
+    if state in ("stale", "finished"):
+        move_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_id = secrets.token_hex(6)
+    settings = recipe.model_dump(mode="json")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
+    write_json(folder / RUN_FILE, {"run_id": run_id, "stage": recipe.stage, "fingerprint": run_fingerprint})
+    return Run(folder=folder, run_id=run_id, fingerprint=run_fingerprint, parents=parents)
+
+
+def finished(recipe: Recipe) -> Artifact | None:
+    """The artifact of the finished run of exactly this recipe, or None."""
+    if status(recipe.output_dir, recipe_fingerprint(recipe)) == "finished":
+        return load_artifact(recipe.output_dir)
+    return None
+
+
+def move_aside(folder: Path) -> Path:
+    """Move a run folder to ``NAME.previous``, replacing the one before; refuse a folder that is no run."""
+    if not any((folder / name).exists() for name in (RUN_FILE, ARTIFACT_FILE)):
+        raise RecipeError(f"{folder}: holds files that are no chatalign run; give another `output_dir`")
+    previous = folder.with_name(folder.name + ".previous")
+    if previous.exists():
+        shutil.rmtree(previous)
+    folder.rename(previous)
+    return previous
+
+
+def _read_run_file(folder: Path) -> dict[str, Any]:
+    try:
+        begun = json.loads((folder / RUN_FILE).read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return begun if isinstance(begun, dict) else {}
