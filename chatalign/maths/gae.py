@@ -21,7 +21,7 @@ def response_mask(
 
     `lengths_B` is how many tokens were really generated, where rows are padded for another reason than a stop
     token; without it a row is taken to run until a stop token or the last column.
-    Raises ValueError where the shapes do not fit. Source: Huang et al. (2403.17031), detail 3.
+    Raises ValueError where the shapes do not fit. Source: Huang et al. (2403.17031), on truncation at EOS.
     """
     if response_ids_BT.dim() != 2:
         raise ValueError(f"response_ids has shape {tuple(response_ids_BT.shape)}; expected (B, T)")
@@ -43,7 +43,7 @@ def token_rewards(score_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, kl_coef: floa
 
     `kl_BT` is the per-token log π_old − log π_ref in nats; the score is in reward units.
     Raises ValueError where the shapes differ or a row has no response token, so that its score would be lost.
-    Source: Ouyang et al. (2203.02155), eq. 2; Huang et al. (2403.17031), detail 12.
+    Source: Ouyang et al. (2203.02155), eq. 2.
     """
     require_same_shape(kl=kl_BT, mask=mask_BT)
     if score_B.shape != mask_BT.shape[:1]:

@@ -116,7 +116,7 @@ def whiten_with(
     """Values scaled to unit variance under the given moments, shape (B, T), 0 at masked entries.
 
     The mean becomes 0 with `shift_mean`, else it stays what it was (as for rewards).
-    Raises ValueError where the shapes differ. Source: Huang et al. (2403.17031), details 20 and 24 (whitening).
+    Raises ValueError where the shapes differ. Source: Huang et al. (2403.17031) (reward and advantage whitening).
     """
     require_same_shape(values=values_BT, mask=mask_BT)
     values_BT = at_least_fp32(values_BT)

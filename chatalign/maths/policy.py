@@ -34,11 +34,11 @@ def normalised_sum(values_BT: Tensor, mask_BT: Tensor, normaliser: Tensor | floa
 
 
 def policy_loss(
+    *,
     logps_BT: Tensor,
     old_logps_BT: Tensor,
     advantages_BT: Tensor,
     mask_BT: Tensor,
-    *,
     clip_range: float = 0.2,
     clip_range_high: float | None = None,
     normaliser: Tensor | float | None = None,
@@ -84,9 +84,7 @@ def entropy_bonus(
     return -coef * normalised_sum(entropy_BT, mask_BT, normaliser)
 
 
-def importance_weights(
-    logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, *, cap: float = 2.0
-) -> Tensor:
+def importance_weights(logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, *, cap: float = 2.0) -> Tensor:
     """Truncated importance weights min(π_trainer / π_sampler, cap), shape (B, T), detached, 0 off the mask.
 
     They correct for tokens drawn by an engine whose probabilities are not quite the trainer's.

@@ -52,7 +52,7 @@ def penalise_missing_stop(score_B: Tensor, ended_B: Tensor, penalty: float) -> T
     """Scores less `penalty` (reward units, ≥ 0) where the reply ran out of length, shape (B,).
 
     Raises ValueError where the shapes differ or the penalty is negative.
-    Source: Huang et al. (2403.17031), detail 18, which sets a constant score in place of subtracting.
+    Source: Huang et al. (2403.17031), "EOS trick", which sets a constant score in place of subtracting.
     """
     require_same_shape(score=score_B, ended=ended_B)
     if penalty < 0:
@@ -65,7 +65,7 @@ class ScoreNormaliser:
     """Running mean and standard deviation of a reward model's scores, to bring them to mean 0 and deviation 1.
 
     Fitted once on replies of the SFT model and stored with the reward model; JSON-able through `state_dict`.
-    Source: Stiennon et al. (2009.01325), appendix B; Huang et al. (2403.17031), detail 13.
+    Source: Huang et al. (2403.17031), on reward normalisation by SFT replies.
     """
 
     count: int = 0
@@ -113,7 +113,9 @@ class ScoreNormaliser:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restores `state_dict`, in place. Raises ValueError on other keys."""
         if set(state) != set(self.state_dict()):
-            raise ValueError(f"a score normaliser's state has the keys {sorted(self.state_dict())}; got {sorted(state)}")
+            raise ValueError(
+                f"a score normaliser's state has the keys {sorted(self.state_dict())}; got {sorted(state)}"
+            )
         self.count = int(state["count"])
         self.mean = float(state["mean"])
         self.sum_of_squared_deviations = float(state["sum_of_squared_deviations"])

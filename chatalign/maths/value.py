@@ -22,18 +22,18 @@ class ValueLoss(NamedTuple):
 
 
 def value_loss(
+    *,
     values_BT: Tensor,
     old_values_BT: Tensor,
     returns_BT: Tensor,
     mask_BT: Tensor,
-    *,
     clip_range: float | None = 0.2,
     normaliser: Tensor | float | None = None,
 ) -> ValueLoss:
     """Mean over tokens of ½ max((V − R)², (V_clip − R)²), V_clip within `clip_range` of the rollout's value.
 
     None does not clip. `normaliser` replaces the mask's token count. Only `values_BT` receives a gradient.
-    Raises ValueError where the shapes differ. Source: Huang et al. (2403.17031), detail 22.
+    Raises ValueError where the shapes differ. Source: Huang et al. (2403.17031), on value clipping.
     """
     require_same_shape(values=values_BT, old_values=old_values_BT, returns=returns_BT, mask=mask_BT)
     mask_BT = mask_BT.bool()
