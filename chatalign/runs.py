@@ -8,9 +8,13 @@ anything else in the folder is moved aside to ``NAME.previous``, never deleted u
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +112,8 @@ def recipe_fingerprint(recipe: Recipe) -> str:
             _drop_path(settings, role)
         elif Path(section.name_or_path or "").is_dir():
             models[role] = sha256_weights(section.name_or_path or "")
+    if pretrained := getattr(recipe, "pretrained", None):
+        models["pretrained"] = sha256_weights(pretrained)
     return fingerprint(
         {
             "recipe": settings,
@@ -148,7 +154,9 @@ def status(folder: str | Path, run_fingerprint: str) -> Status:
     if not folder.exists() or not any(folder.iterdir()):
         return "new"
     try:
-        if load_artifact(folder).fingerprint == run_fingerprint:
+        artifact = load_artifact(folder)
+        complete = all((folder / name).is_file() for name in artifact.files)
+        if artifact.fingerprint == run_fingerprint and complete:
             return "finished"
     except ArtifactError:
         pass  # unfinished or unreadable: the run file below decides
@@ -158,8 +166,50 @@ def status(folder: str | Path, run_fingerprint: str) -> Status:
     return "resumable" if begun.get("fingerprint") == run_fingerprint else "stale"
 
 
+def world_size() -> int:
+    """How many processes this launch has (1 without a launcher), from the launcher's environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes files, from the launcher's environment."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def open_run(recipe: Recipe) -> Run:
-    """Make the run folder ready: go on in it where it is the same run, else start anew beside what was there."""
+    """Make the run folder ready: go on in it where it is the same run, else start anew beside what was there.
+
+    With several processes the main one does so first and the others join the run that it opened.
+    """
+    if world_size() == 1:
+        order = nullcontext()
+    else:
+        from accelerate import PartialState
+
+        order = PartialState().main_process_first()
+    with order:
+        return _open_run(recipe)
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` for this process; raises RecipeError where another run holds it. Freed when the process ends."""
+    if not is_main_process():
+        yield
+        return
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(
+                f"{folder}: another chatalign run writes here; wait for it, or change `output_dir`"
+            ) from None
+        yield
+
+
+def _open_run(recipe: Recipe) -> Run:
     folder = Path(recipe.output_dir)
     run_fingerprint = recipe_fingerprint(recipe)
     parents = parents_of(recipe)

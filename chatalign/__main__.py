@@ -1,0 +1,5 @@
+"""``python -m chatalign``."""
+
+from chatalign.cli import main
+
+main()

@@ -1,0 +1,85 @@
+"""How a stage is started: ``chatalign sft RECIPE key=value`` and ``accelerate launch -m chatalign.sft …`` both end here.
+
+Exit status: 0 done (or already finished), 2 refused or failed with one line, 130 interrupted after saving.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from chatalign.artifact import Artifact
+from chatalign.errors import ChatalignError, Interrupted
+from chatalign.recipe import Recipe, load_recipe, parse_overrides
+from chatalign.runs import finished, is_main_process, locked
+
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+RunFunction = Callable[[Any], Artifact]
+
+
+def quiet_libraries() -> None:
+    """Settings that hold for every command, made before the libraries read them."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+
+
+def stage_main(stage: str, run: RunFunction, argv: Sequence[str] | None = None) -> None:
+    """``python -m chatalign.STAGE RECIPE [key=value ...] [--force] [--traceback]``; ends the process."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    flags = {name for name in ("--force", "--traceback") if name in arguments}
+    words = [word for word in arguments if word not in flags]
+    usage = f"usage: chatalign {stage} RECIPE [key=value ...] [--force] [--traceback]"
+    if not words or words[0].startswith("-"):
+        print(usage, file=sys.stderr if words and words[0] not in ("-h", "--help") else sys.stdout)
+        raise SystemExit(0 if words and words[0] in ("-h", "--help") else EXIT_REFUSED)
+    work = lambda: execute(stage, run, words[0], words[1:], force="--force" in flags)  # noqa: E731
+    raise SystemExit(guarded(work, show_traceback="--traceback" in flags))
+
+
+def execute(stage: str, run: RunFunction, path: str, overrides: Sequence[str], *, force: bool = False) -> None:
+    """Load the recipe and run the stage, unless the same run is finished already and `force` is off."""
+    quiet_libraries()
+    recipe = load_recipe(path, parse_overrides(overrides), stage=stage)
+    if not force and (done := finished(recipe)) is not None:
+        say(f"{recipe.output_dir}: already finished (run {done.run_id}); --force runs it again")
+        return
+    refuse_problems(recipe)
+    with locked(recipe.output_dir):
+        artifact = run(recipe)
+    say(f"{recipe.output_dir}: finished in {artifact.wall_s:.0f} s (run {artifact.run_id})")
+
+
+def refuse_problems(recipe: Recipe, *, made_later: frozenset[str] = frozenset()) -> None:
+    """Raise for the first problem that ``chatalign check`` finds without a model; `made_later` are folders to come."""
+    from chatalign.check import refuse_first
+
+    if is_main_process():
+        refuse_first(recipe, made_later=made_later)
+
+
+def guarded(work: Callable[[], None], *, show_traceback: bool = False) -> int:
+    """Run `work`; turn an error of ours into one line on stderr and the exit status that it has."""
+    try:
+        work()
+    except ChatalignError as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"chatalign: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED if isinstance(error, Interrupted) else EXIT_REFUSED
+    except KeyboardInterrupt:
+        print("chatalign: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def say(line: str) -> None:
+    """One line for the person at the terminal, from the main process only."""
+    if is_main_process():
+        print(line, flush=True)

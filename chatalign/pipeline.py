@@ -1,0 +1,204 @@
+"""The chain: stages of a pipeline recipe, one after another, each skipped where it is fresh and resumed where it isn't.
+
+Light until a stage has to run: a finished pipeline is answered from its artifacts without importing torch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chatalign.artifact import ARTIFACT_FILE, Artifact, load_artifact, versions, write_json
+from chatalign.errors import ChatalignError
+from chatalign.launch import quiet_libraries, refuse_problems, say
+from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
+from chatalign.runs import finished, locked, open_run, recipe_fingerprint, status
+
+STAGE_MODULES = {
+    "pretrain": "chatalign.pretrain",
+    "sft": "chatalign.sft",
+    "reward": "chatalign.reward",
+    "dpo": "chatalign.dpo",
+    "ppo": "chatalign.ppo",
+    "kto": "chatalign.kto",
+    "eval": "chatalign.evaluate",
+}
+SUMMARY_FILE = "summary.json"
+
+
+def run_stage(recipe: Recipe) -> Artifact:
+    """Run one stage to its artifact, whatever its kind; imports the stage's module on the way."""
+    quiet_libraries()
+    return import_module(STAGE_MODULES[recipe.stage]).run(recipe)
+
+
+def resolve_stages(pipeline: PipelineRecipe, path: str | Path) -> dict[str, Recipe]:
+    """Every stage's recipe, chained and validated, before anything runs; raises RecipeError naming the stage."""
+    home = Path(path).parent
+    resolved: dict[str, Recipe] = {}
+    for name, entry in pipeline.stages.items():
+        raw = read_yaml(home / entry.recipe)
+        inputs: dict[str, Any] = {"output_dir": str(Path(pipeline.output_dir) / name)}
+        if entry.model:
+            inputs["model.name_or_path"] = _place(pipeline, entry.model)
+        if entry.reward_model:
+            inputs["reward_model.name_or_path"] = _place(pipeline, entry.reward_model)
+        if entry.models:
+            inputs["models"] = {source: {"name_or_path": _place(pipeline, source)} for source in entry.models}
+        raw = apply_overrides(raw, inputs | entry.overrides)
+        resolved[name] = validate_stage(raw, where=f"{path}: stage {name} ({home / entry.recipe})")
+    return resolved
+
+
+def _place(pipeline: PipelineRecipe, source: str) -> str:
+    return str(Path(pipeline.output_dir) / source) if source in pipeline.stages else source
+
+
+def run_pipeline(
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+    accelerate_config: str | Path | None = None,
+) -> dict[str, Any]:
+    """Run a pipeline recipe and return its summary (what ``summary.json`` holds).
+
+    `force` runs every stage again. `accelerate_config` starts each training stage through
+    ``accelerate launch --config_file``; without it all stages share this process.
+    """
+    pipeline = load_pipeline(path, overrides)
+    stages = resolve_stages(pipeline, path)
+    folder = Path(pipeline.output_dir)
+    started = time.perf_counter()
+    with locked(folder):
+        _refuse_what_cannot_run(stages)
+        statuses: dict[str, str] = {}
+        for number, (name, recipe) in enumerate(stages.items(), start=1):
+            statuses[name] = _run_one(recipe, f"[{number}/{len(stages)}] {name}", force, accelerate_config)
+        summary = summarise(pipeline, stages, statuses, wall_s=time.perf_counter() - started)
+        _report(folder, summary, changed=any(state != "skipped" for state in statuses.values()))
+    return summary
+
+
+def _refuse_what_cannot_run(stages: Mapping[str, Recipe]) -> None:
+    """Look at the files of every stage that isn't known to be finished, so that the last one's typo costs no hours."""
+    made_later = frozenset(recipe.output_dir for recipe in stages.values())
+    for recipe in stages.values():
+        if not (Path(recipe.output_dir) / ARTIFACT_FILE).exists():
+            refuse_problems(recipe, made_later=made_later)
+
+
+def _run_one(recipe: Recipe, title: str, force: bool, accelerate_config: str | Path | None) -> str:
+    """Bring one stage up to date; returns what had to be done: skipped, resumed or ran."""
+    if not force and finished(recipe) is not None:
+        say(f"{title}: fresh, skipped")
+        return "skipped"
+    state = status(recipe.output_dir, recipe_fingerprint(recipe))
+    say(f"{title}: {'resuming' if state == 'resumable' else 'running'} ({recipe.stage})")
+    if accelerate_config is not None and recipe.stage != "eval":
+        _launch(recipe, accelerate_config)
+    else:
+        run_stage(recipe)
+        _reset_process_state()
+    return "resumed" if state == "resumable" else "ran"
+
+
+def _launch(recipe: Recipe, accelerate_config: str | Path) -> None:
+    """One stage in processes of its own; they join the run that is opened here."""
+    run = open_run(recipe)
+    path = run.folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8")
+    module = STAGE_MODULES[recipe.stage]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(accelerate_config),
+        "-m",
+        module,
+    ]
+    code = subprocess.run([*command, str(path)], check=False).returncode
+    if code != 0:
+        raise ChatalignError(f"{recipe.output_dir}: `{' '.join(command)} {path}` ended with status {code}; see above")
+
+
+def _reset_process_state() -> None:
+    """Let the next stage choose its own precision and free what the last one held (one warm process for all)."""
+    import gc
+
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def summarise(
+    pipeline: PipelineRecipe, stages: Mapping[str, Recipe], statuses: Mapping[str, str], *, wall_s: float
+) -> dict[str, Any]:
+    """The machine's view of a pipeline run, from the artifacts of its stages."""
+    rows, evaluation = [], {}
+    for name, recipe in stages.items():
+        artifact = load_artifact(recipe.output_dir)
+        rows.append(
+            {
+                "name": name,
+                "stage": recipe.stage,
+                "status": statuses[name],
+                "wall_s": round(artifact.wall_s, 2),
+                "tokens_per_s": round(artifact.tokens_per_s, 1),
+                "metrics": artifact.metrics,
+                "run_id": artifact.run_id,
+                "fingerprint": artifact.fingerprint,
+            }
+        )
+        if recipe.stage == "eval":
+            evaluation = json.loads((Path(recipe.output_dir) / "eval.json").read_text("utf-8"))
+    return {
+        "pipeline": pipeline.pipeline,
+        "stages": rows,
+        "eval": evaluation.get("models", {}),
+        "reward_model": evaluation.get("reward_model", {}),
+        "samples": evaluation.get("samples", []),
+        "wall_s": round(wall_s, 2),
+        "versions": versions(),
+    }
+
+
+def _report(folder: Path, summary: dict[str, Any], *, changed: bool) -> None:
+    """Write summary and report where a stage ran; print the tables in any case."""
+    from rich.console import Console
+
+    from chatalign.report import print_pipeline_summary, write_pipeline_report
+
+    path = folder / SUMMARY_FILE
+    if not changed and path.is_file():  # the wall time of the run that made it is the one worth keeping
+        summary["wall_s"] = json.loads(path.read_text("utf-8"))["wall_s"]
+    write_json(path, summary)
+    if changed or not (folder / "report.md").is_file():
+        write_pipeline_report(folder, summary)
+    print_pipeline_summary(summary, Console())
+
+
+def write_report(folder: Path) -> None:
+    """Write the report of a stage's or a pipeline's run folder again."""
+    from chatalign.report import write_pipeline_report, write_run_report
+
+    if (folder / SUMMARY_FILE).is_file():
+        write_pipeline_report(folder, json.loads((folder / SUMMARY_FILE).read_text("utf-8")))
+    else:
+        load_artifact(folder)
+        write_run_report(folder)
+    say(f"{folder / 'report.md'}")
