@@ -1,4 +1,4 @@
-"""How a stage is started: ``chatalign sft RECIPE key=value`` and ``accelerate launch -m chatalign.sft …`` both end here.
+"""How a stage starts: ``chatalign sft RECIPE key=value`` and ``accelerate launch -m chatalign.sft …`` both end here.
 
 Exit status: 0 done (or already finished), 2 refused or failed with one line, 130 interrupted after saving.
 """

@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+THREADS ?= 2
+export HF_HUB_DISABLE_TELEMETRY = 1
+export OMP_NUM_THREADS = $(THREADS)
+
+.PHONY: setup quickstart check test test-fast pocket-data pocket-base pocket-study clean
+
+setup: $(VENV)/.installed  ## a virtual environment with chatalign and everything its tests use
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "chatalign needs Python 3.11 or newer; make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: setup  ## GPT -> ChatGPT on this machine: base -> sft -> reward -> dpo, ppo -> eval
+	$(BIN)/chatalign run recipes/quickstart.yaml
+
+check: setup  ## ruff, types, layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+test: setup  ## everything that CI runs
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-fast: setup  ## without what takes more than a few seconds
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+pocket-data: setup  ## make data/pocket again, from its script
+	$(BIN)/python data/pocket/make_pocket.py
+
+pocket-base: setup  ## train the shipped pocket base again, from nothing
+	$(BIN)/python data/pocket/make_pocket.py --corpus runs/pocket/corpus.jsonl
+	$(BIN)/chatalign pretrain recipes/pocket/base.yaml from_scratch=true output_dir=runs/pocket/base --force
+
+pocket-study: setup  ## the quickstart at three seeds, and the mean of what they reached
+	$(BIN)/python data/pocket/study.py --seeds 1 2 3
+
+clean:
+	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache
