@@ -98,7 +98,7 @@ class AdaptiveKLController:
 
     e = clip(KL / target − 1, −0.2, 0.2);  coef ← coef · (1 + e · n_episodes / horizon).
     `horizon` is in episodes. Raises ValueError unless coef, target and horizon are positive.
-    Source: Ziegler et al. (1909.08593), section 2.2, with K_β = n_episodes / horizon as in their code.
+    Source: Ziegler et al. (1909.08593), section 2, with K_β = n_episodes / horizon as in their code.
     """
 
     coef: float

@@ -22,7 +22,7 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 def _mm_wide(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, returned in fp32 (fp64 for fp64)."""
-    if left.dtype in _LOW_PRECISION and left.is_cuda:
+    if left.dtype in _LOW_PRECISION and left.is_cuda and torch.version.hip is None:
         return torch.mm(left, right, out_dtype=torch.float32)
     product = left @ right
     return product.float() if product.dtype in _LOW_PRECISION else product
@@ -54,29 +54,31 @@ class _Head:
         return squashed_CV.square_().neg_().add_(1).div_(self.temperature)
 
 
-def _forward_chunk(scaled_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, entropies and log-normalisers, each (C,)."""
-    lse_C = scaled_CV.logsumexp(-1)
+def _softmax_chunk(scaled_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities (C, V), and log-probabilities of the targets, entropies and log-normalisers, each (C,)."""
+    largest_C = scaled_CV.amax(-1)
+    # By hand: one exp serves the normaliser, the entropy and the gradient.
+    probs_CV = (scaled_CV - largest_C[:, None]).exp_()
+    total_C = probs_CV.sum(-1)
+    probs_CV.div_(total_C[:, None])
+    lse_C = largest_C + total_C.log()
     logps_C = scaled_CV.gather(-1, targets_C[:, None]).squeeze(-1) - lse_C
-    probs_CV = (scaled_CV - lse_C[:, None]).exp_()
-    # H = lse − Σ p z, as C dot products so that no third buffer is built.
     entropy_C = lse_C - torch.linalg.vecdot(probs_CV, scaled_CV)
-    return logps_C, entropy_C, lse_C
+    return probs_CV, logps_C, entropy_C, lse_C
 
 
-def _logp_gradient(head: _Head, scaled_CV: Tensor, lse_C: Tensor, targets_C: Tensor) -> Tensor:
-    """d logp / d raw logits = (1[target] − p) · slope, (C, V)."""
-    gradient_CV = (scaled_CV - lse_C[:, None]).exp_().neg_()
+def _entropy_gradient(head: _Head, scaled_CV: Tensor, probs_CV: Tensor, lse_C: Tensor, entropy_C: Tensor) -> Tensor:
+    """d H / d raw logits = −p (log p + H) · slope, (C, V)."""
+    gradient_CV = scaled_CV - (lse_C - entropy_C)[:, None]
+    return gradient_CV.mul_(probs_CV).neg_().mul_(head.slope(scaled_CV))
+
+
+def _logp_gradient(head: _Head, scaled_CV: Tensor, probs_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """d logp / d raw logits = (1[target] − p) · slope, (C, V), in the buffer of the probabilities."""
     rows_C = torch.arange(targets_C.shape[0], device=targets_C.device)
+    gradient_CV = probs_CV.neg_()
     # The target's 1 joins in fp32, before any rounding to bf16: where p is near 1 the difference is what is left.
     gradient_CV[rows_C, targets_C] += 1
-    return gradient_CV.mul_(head.slope(scaled_CV))
-
-
-def _entropy_gradient(head: _Head, scaled_CV: Tensor, lse_C: Tensor, entropy_C: Tensor) -> Tensor:
-    """d H / d raw logits = −p (log p + H) · slope, (C, V)."""
-    logp_CV = scaled_CV - lse_C[:, None]
-    gradient_CV = logp_CV.exp().neg_().mul_(logp_CV.add_(entropy_C[:, None]))
     return gradient_CV.mul_(head.slope(scaled_CV))
 
 
@@ -98,16 +100,16 @@ class _ChunkedLinearLogprobs(torch.autograd.Function):
         logps, entropies, lses, logp_slopes, entropy_slopes = [], [], [], [], []
         for hidden_CD, targets_C in zip(torch.split(hidden_KD, chunk), torch.split(targets_K, chunk), strict=True):
             scaled_CV = head.scaled_logits(hidden_CD)
-            logps_C, entropy_C, lse_C = _forward_chunk(scaled_CV, targets_C)
+            probs_CV, logps_C, entropy_C, lse_C = _softmax_chunk(scaled_CV, targets_C)
             logps.append(logps_C)
             entropies.append(entropy_C)
             lses.append(lse_C)
-            if only_hidden:
-                gradient_CV = _logp_gradient(head, scaled_CV, lse_C, targets_C)
-                logp_slopes.append(gradient_CV.to(weight_VD.dtype) @ weight_VD)
             if only_hidden and entropy_grad:
-                gradient_CV = _entropy_gradient(head, scaled_CV, lse_C, entropy_C)
+                gradient_CV = _entropy_gradient(head, scaled_CV, probs_CV, lse_C, entropy_C)
                 entropy_slopes.append(gradient_CV.to(weight_VD.dtype) @ weight_VD)
+            if only_hidden:
+                gradient_CV = _logp_gradient(head, scaled_CV, probs_CV, targets_C)
+                logp_slopes.append(gradient_CV.to(weight_VD.dtype) @ weight_VD)
         logps_K, entropy_K, lse_K = torch.cat(logps), torch.cat(entropies), torch.cat(lses)
         ctx.options, ctx.only_hidden = options, only_hidden
         if only_hidden:
@@ -146,10 +148,12 @@ def _recomputed_gradients(
     for start in range(0, hidden_KD.shape[0], chunk):
         part = slice(start, start + chunk)
         scaled_CV = head.scaled_logits(hidden_KD[part])
-        gradient_CV = _logp_gradient(head, scaled_CV, lse_K[part], targets_K[part])
-        gradient_CV.mul_(dlogps_K[part, None])
+        probs_CV = (scaled_CV - lse_K[part, None]).exp_()
+        from_entropy_CV = None
         if entropy_grad:
-            from_entropy_CV = _entropy_gradient(head, scaled_CV, lse_K[part], entropy_K[part])
+            from_entropy_CV = _entropy_gradient(head, scaled_CV, probs_CV, lse_K[part], entropy_K[part])
+        gradient_CV = _logp_gradient(head, scaled_CV, probs_CV, targets_K[part]).mul_(dlogps_K[part, None])
+        if from_entropy_CV is not None:
             gradient_CV.addcmul_(from_entropy_CV, dentropy_K[part, None])
         if dbias_V is not None:
             dbias_V += gradient_CV.sum(0)
@@ -157,7 +161,10 @@ def _recomputed_gradients(
         if needs_hidden:
             dhidden.append(gradient_CV @ weight_VD)
         if dweight_VD is not None:
-            dweight_VD += _mm_wide(gradient_CV.t(), hidden_KD[part])
+            if dweight_VD.dtype == hidden_KD.dtype:
+                dweight_VD.addmm_(gradient_CV.t(), hidden_KD[part])
+            else:
+                dweight_VD += _mm_wide(gradient_CV.t(), hidden_KD[part])
     return (
         (torch.cat(dhidden) if dhidden else torch.zeros_like(hidden_KD)) if needs_hidden else None,
         dweight_VD.to(weight_VD.dtype) if dweight_VD is not None else None,

@@ -123,7 +123,7 @@ def dpo_loss(
     Lengths, in tokens, are needed by ipo, sigmoid_norm and sft. `sft` reads `sft_logps_B` where given (plain sums
     where the others are reweighted) and divides by `sft_tokens_per_reply`, the global batch's mean chosen length.
     Raises ValueError where shapes differ, a name is unknown, or an option does not fit the loss.
-    Sources: beside each loss; f-divergences: Wang et al. (2309.16240), table 1.
+    Sources: beside each loss; f-divergences: Wang et al. (2309.16240).
     """
     weights = _weighted_losses(loss_type, loss_weights, label_smoothing)
     if reference_free:
@@ -159,7 +159,7 @@ def length_desensitised_weights(positions_K: Tensor, shared_lengths_K: Tensor, a
 
     `positions_K` counts tokens within a reply from 0; `shared_lengths_K` is the shorter reply's length, per token.
     Raises ValueError where the shapes differ or alpha is not in [0, 1].
-    Source: Liu et al., LD-DPO (2409.06411), eq. 10.
+    Source: Liu et al., LD-DPO (2409.06411).
     """
     require_same_shape(positions=positions_K, shared_lengths=shared_lengths_K)
     if not 0 <= alpha <= 1:

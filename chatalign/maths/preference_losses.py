@@ -76,12 +76,12 @@ def _sigmoid(pairs: Pairs) -> Tensor:
 
 
 def _sigmoid_norm(pairs: Pairs) -> Tensor:
-    """−log σ(β d) with mean scores per token. Lambert et al., Tülu 3 (2411.15124), eq. 6."""
+    """−log σ(β d) with mean scores per token. Lambert et al., Tülu 3 (2411.15124)."""
     return -F.logsigmoid(pairs.beta * pairs.mean_score_difference())
 
 
 def _hinge(pairs: Pairs) -> Tensor:
-    """max(0, 1 − β d). Zhao et al., SLiC-HF (2305.10425), eq. 1; Liu et al., RSO (2309.06657), eq. 8."""
+    """max(0, 1 − β d). Zhao et al., SLiC-HF (2305.10425); Liu et al., RSO (2309.06657)."""
     return torch.relu(1 - pairs.logits)
 
 
@@ -101,13 +101,13 @@ def _exo_pair(pairs: Pairs) -> Tensor:
 
 
 def _nca_pair(pairs: Pairs) -> Tensor:
-    """−log σ(β w) − ½ log σ(−β w) − ½ log σ(−β l). Chen et al., NCA (2402.05369), algorithm 1."""
+    """−log σ(β w) − ½ log σ(−β w) − ½ log σ(−β l). Chen et al., NCA (2402.05369)."""
     chosen_B, rejected_B = pairs.beta * pairs.chosen_logratios, pairs.beta * pairs.rejected_logratios
     return -F.logsigmoid(chosen_B) - 0.5 * F.logsigmoid(-chosen_B) - 0.5 * F.logsigmoid(-rejected_B)
 
 
 def _robust(pairs: Pairs) -> Tensor:
-    """(−(1 − ε) log σ(β d) + ε log σ(−β d)) / (1 − 2ε), ε the flip rate. Chowdhury et al. (2403.00409), eq. 12."""
+    """(−(1 − ε) log σ(β d) + ε log σ(−β d)) / (1 − 2ε), ε the flip rate. Chowdhury et al. (2403.00409)."""
     epsilon = pairs.label_smoothing
     if not 0 <= epsilon < 0.5:
         raise ValueError(f"label_smoothing is {epsilon}; robust takes a rate of flipped labels in [0, 0.5)")
@@ -116,7 +116,7 @@ def _robust(pairs: Pairs) -> Tensor:
 
 
 def _bco_pair(pairs: Pairs) -> Tensor:
-    """−log σ(β w) − log σ(−β l), with no reward shift. Jung et al., BCO (2404.04656), eq. 6."""
+    """−log σ(β w) − log σ(−β l), with no reward shift. Jung et al., BCO (2404.04656)."""
     return -F.logsigmoid(pairs.beta * pairs.chosen_logratios) - F.logsigmoid(-pairs.beta * pairs.rejected_logratios)
 
 
@@ -170,7 +170,7 @@ def _discopop(pairs: Pairs) -> Tensor:
 def _sft(pairs: Pairs) -> Tensor:
     """−log π(chosen) over the mean chosen length, so that the mean over pairs is the mean over tokens.
 
-    The reference plays no part; used in mixtures, as in Pang et al., RPO (2404.19733), eq. 1.
+    The reference plays no part; used in mixtures, as in Pang et al., RPO (2404.19733).
     """
     tokens = pairs.sft_tokens_per_reply
     return -pairs.chosen_logps / (pairs.lengths()[0].mean() if tokens is None else tokens)
