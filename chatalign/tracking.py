@@ -1,0 +1,303 @@
+"""What a run says while it trains: ``metrics.jsonl`` always, a progress bar, and wandb, tensorboard or trackio on wish.
+
+``metrics.jsonl`` holds one JSON object a line: ``step``, ``epoch``, ``time_s`` (seconds of training, summed over
+resumes) and everything that was logged at that step. Trackers run through transformers' own integrations.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from chatalign.errors import DependencyError
+from chatalign.recipe import EvalRecipe, StageRecipe
+from chatalign.runs import Run, is_main_process
+
+METRICS_FILE = "metrics.jsonl"
+PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
+# What a stage is watched by: the first of these that is logged is shown beside the bar, after the loss.
+KEY_METRICS: dict[str, tuple[str, ...]] = {
+    "reward": ("accuracy", "rewards/accuracies", "eval_accuracy"),
+    "dpo": ("rewards/accuracies", "accuracy", "rewards/margins"),
+    "kto": ("rewards/margins",),
+    "ppo": ("objective/scores", "objective/score", "objective/rlhf_reward", "objective/kl"),
+}
+SPEEDS = ("tokens_per_s", "tokens/s", "train_tokens_per_second")
+_PLAIN_LINE_EVERY_S = 60.0  # where there is no terminal: each tenth of the steps, and at least this often
+
+
+def report_to(recipe: StageRecipe | EvalRecipe) -> list[str]:
+    """``TrainingArguments.report_to`` for a recipe: the tracker's name in transformers, or none.
+
+    Raises DependencyError where the tracker's package isn't installed. Tensorboard's files go to
+    ``output_dir/tensorboard``, which transformers takes from the environment alone.
+    """
+    if recipe.tracking == "none":
+        return []
+    if find_spec(PACKAGES[recipe.tracking]) is None:
+        raise DependencyError(
+            f"`tracking: {recipe.tracking}` needs a package that isn't installed; {_install(recipe.tracking)}, "
+            "or set `tracking: none`"
+        )
+    if recipe.tracking == "tensorboard":
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(recipe.output_dir) / "tensorboard")
+    return [recipe.tracking]
+
+
+def _install(tracker: str) -> str:
+    extra = f'"chatalign[{tracker}]"' if tracker in ("wandb", "tensorboard") else tracker
+    return f"pip install {extra}"
+
+
+def callbacks(recipe: StageRecipe, run: Run) -> list[TrainerCallback]:
+    """The callbacks of every stage: the metrics file and the progress bar; opens the wandb run where one is wanted.
+
+    Pass them to :func:`attach`, or to the trainer's ``callbacks`` after removing transformers' own printing ones.
+    """
+    report_to(recipe)
+    if recipe.tracking == "wandb" and is_main_process():
+        open_wandb(recipe, run)
+    return [MetricsFile(run.folder / METRICS_FILE), ProgressBar(recipe.stage)]
+
+
+def attach(trainer: Trainer, recipe: StageRecipe, run: Run) -> None:
+    """Put :func:`callbacks` in the place of transformers' progress bar and printer."""
+    for printing in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printing)
+    for callback in callbacks(recipe, run):
+        trainer.add_callback(callback)
+
+
+def open_wandb(recipe: StageRecipe | EvalRecipe, run: Run) -> Any:
+    """Start the wandb run that transformers' callback will log to, its files under the run folder.
+
+    A run that an earlier stage of the same process left open is finished first: transformers would go on in it.
+    """
+    import wandb
+
+    if wandb.run is not None:
+        wandb.finish()
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "chatalign"),
+        name=getattr(recipe, "run_name", None) or run.folder.name,
+        id=run.run_id,
+        resume="allow",
+        dir=run.folder,
+        config=recipe.model_dump(mode="json"),
+    )
+
+
+def log_results(recipe: EvalRecipe, run: Run, metrics: Mapping[str, float]) -> None:
+    """Send a finished evaluation's numbers to the recipe's tracker, as one step."""
+    if not report_to(recipe) or not is_main_process():
+        return
+    if recipe.tracking == "wandb":
+        with open_wandb(recipe, run) as tracked:
+            tracked.log(dict(metrics))
+    elif recipe.tracking == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(log_dir=os.environ["TENSORBOARD_LOGGING_DIR"]) as writer:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, 0)
+    else:
+        import trackio
+
+        trackio.init(project="chatalign", name=run.folder.name)
+        trackio.log(dict(metrics))
+        trackio.finish()
+
+
+class MetricsFile(TrainerCallback):
+    """Writes ``metrics.jsonl``, each line flushed; a resumed run goes on after the step that it resumes from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop what a killed run logged beyond the checkpoint, and go on counting time from there."""
+        if not state.is_world_process_zero:
+            return
+        self._close()
+        kept = [line for line in read_metrics(self.path) if 0 < state.global_step >= line["step"]]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        aside.write_text("".join(map(_encode, kept)), "utf-8")
+        os.replace(aside, self.path)
+        spent = max((line.get("time_s") or 0.0 for line in kept), default=0.0)
+        self._started = time.perf_counter() - spent
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - held open while training runs
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """One line for what was logged at this step."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        if self._file is None:  # logged outside training, such as an evaluation after it
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        elapsed = round(time.perf_counter() - self._started, 3)
+        self._file.write(_encode({"step": state.global_step, "epoch": state.epoch, "time_s": elapsed, **logs}))
+        self._file.flush()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the file; later logs open it again."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """A metrics file's whole lines in order, without a killed run's torn last one; none where there is no file."""
+    lines: list[dict[str, Any]] = []
+    try:
+        text = Path(path).read_text("utf-8", errors="replace")
+    except FileNotFoundError:
+        return lines
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # torn by a kill: the step is trained, and logged, again
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            lines.append(values)
+    return lines
+
+
+def _encode(values: Mapping[str, Any]) -> str:
+    return json.dumps({key: _plain(value) for key, value in values.items()}, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: tensors and NumPy scalars as numbers, what isn't finite as null (JSON has no NaN)."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int | str | bool | list | dict | None) else str(value)
+
+
+class ProgressBar(TrainerCallback):
+    """Stage, steps, loss, key metric, tokens a second and time left: a bar, or sparse lines without a terminal."""
+
+    def __init__(self, stage: str, console: Console | None = None) -> None:
+        self.stage = stage
+        self.console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._shown = ""
+        self._started, self._first_step = time.perf_counter(), 0
+        self._last_line, self._last_tenth = 0.0, 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the bar at the step where training starts or goes on."""
+        if not state.is_world_process_zero:
+            return
+        self._started, self._first_step = time.perf_counter(), state.global_step
+        self._last_line, self._last_tenth = self._started, self._tenth(state)
+        if self.console.is_terminal:
+            self._bar = progress_bar(self.console)
+            self._task = self._bar.add_task(self.stage, total=state.max_steps, completed=state.global_step, note="")
+            self._bar.start()
+            atexit.register(self._bar.stop)  # a run that dies on an error must not leave the cursor hidden
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show the newest numbers."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        self._shown = summary_of(self.stage, logs) or self._shown
+        if self._bar is not None:
+            self._bar.update(self._task, note=self._shown)
+        elif not self.console.is_terminal:
+            self._line(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the finished bar standing."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+            self._bar.stop()
+            atexit.unregister(self._bar.stop)
+            self._bar = None
+
+    def _tenth(self, state: TrainerState) -> int:
+        return 10 * state.global_step // max(state.max_steps, 1)
+
+    def _line(self, state: TrainerState) -> None:
+        now, tenth = time.perf_counter(), self._tenth(state)
+        if tenth <= self._last_tenth and now - self._last_line < _PLAIN_LINE_EVERY_S:
+            return
+        self._last_line, self._last_tenth = now, tenth
+        done = state.global_step - self._first_step
+        left = (now - self._started) / done * (state.max_steps - state.global_step) if done else 0.0
+        parts = [f"{self.stage} {state.global_step}/{state.max_steps}", self._shown, f"{clock(left)} left"]
+        self.console.print(" · ".join(part for part in parts if part), highlight=False, markup=False, soft_wrap=True)
+
+
+def progress_bar(console: Console) -> Progress:
+    """A rich progress bar in the house's look; tasks carry a ``note`` field."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        console=console,
+    )
+
+
+def summary_of(stage: str, logs: Mapping[str, Any]) -> str:
+    """The numbers worth a glance among `logs`: loss, the stage's key metric, tokens a second; may be empty."""
+    parts = []
+    if isinstance(loss := logs.get("loss"), int | float):
+        parts.append(f"loss {loss:.4f}")
+    for name in KEY_METRICS.get(stage, ()):
+        if isinstance(value := logs.get(name), int | float):
+            parts.append(f"{name.rpartition('/')[2]} {value:.3f}")
+            break
+    for name in SPEEDS:
+        if isinstance(speed := logs.get(name), int | float):
+            parts.append(f"{speed:,.0f} tok/s")
+            break
+    return " · ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
