@@ -141,11 +141,11 @@ def fingerprint(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> Path:
     """Write JSON aside, fsync, rename: a reader sees the old file or the new one, never half."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)

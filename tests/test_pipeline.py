@@ -1,0 +1,140 @@
+"""The chain's bookkeeping, with stages that only write an artifact: skip, rerun, resume, refuse, summarise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import chatalign.pipeline as pipeline_module
+from chatalign.artifact import Artifact, hash_files
+from chatalign.errors import ChatalignError, DataError, Interrupted, RecipeError
+from chatalign.pipeline import resolve_stages, run_pipeline
+from chatalign.recipe import Recipe, load_pipeline
+from chatalign.runs import open_run
+
+ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+PAIR = {"prompt": "hi", "chosen": "hello", "rejected": "go away"}
+
+
+@pytest.fixture
+def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pipeline sft → reward, dpo on disk; running a stage is recorded in ``ran``."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "sft.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n")
+    common: dict[str, Any] = {"output_dir": "unused", "model": {"name_or_path": str(tmp_path / "m")}}
+    for stage, rows in [("sft", "sft.jsonl"), ("reward", "pairs.jsonl"), ("dpo", "pairs.jsonl")]:
+        raw = common | {"stage": stage, "data": {"datasets": [{"path": str(tmp_path / rows)}]}}
+        (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(raw))
+    raw = {
+        "pipeline": "chain",
+        "output_dir": str(tmp_path / "runs"),
+        "stages": {
+            "sft": {"recipe": "sft.yaml"},
+            "reward": {"recipe": "reward.yaml", "model": "sft"},
+            "dpo": {"recipe": "dpo.yaml", "model": "sft"},
+        },
+    }
+    path = tmp_path / "chain.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    monkeypatch.setattr(pipeline_module, "_report", lambda folder, summary, *, changed: None)
+    monkeypatch.setattr(pipeline_module, "_reset_process_state", lambda: None)
+    return path
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+
+    def run_stage(recipe: Recipe) -> Artifact:
+        names.append(recipe.stage)
+        run = open_run(recipe)
+        run.model_folder.mkdir(exist_ok=True)
+        (run.model_folder / "config.json").write_text(run.fingerprint)
+        artifact = Artifact(
+            stage=recipe.stage,
+            kind="model",
+            run_id=run.run_id,
+            fingerprint=run.fingerprint,
+            parents=run.parents,
+            files=hash_files(run.folder),
+            metrics={"loss": 1.0},
+        )
+        artifact.save(run.folder)
+        return artifact
+
+    monkeypatch.setattr(pipeline_module, "run_stage", run_stage)
+    return names
+
+
+def statuses(summary: dict[str, Any]) -> list[str]:
+    return [row["status"] for row in summary["stages"]]
+
+
+def test_runs_in_order_then_skips(chain: Path, ran: list[str]) -> None:
+    assert statuses(run_pipeline(chain)) == ["ran"] * 3
+    assert statuses(run_pipeline(chain)) == ["skipped"] * 3
+    assert ran == ["sft", "reward", "dpo"]
+    assert statuses(run_pipeline(chain, force=True)) == ["ran"] * 3
+
+
+def test_a_changed_recipe_runs_again_with_all_that_hangs_on_it(chain: Path, ran: list[str]) -> None:
+    run_pipeline(chain)
+    ran.clear()
+    assert statuses(run_pipeline(chain, {"dpo.dpo.beta": 0.3})) == ["skipped", "skipped", "ran"]
+    assert statuses(run_pipeline(chain, {"sft.train.seed": 1, "dpo.dpo.beta": 0.3})) == ["ran"] * 3
+    assert ran == ["dpo", "sft", "reward", "dpo"]
+
+
+def test_changed_data_runs_again_only_what_reads_it(chain: Path, ran: list[str]) -> None:
+    run_pipeline(chain)
+    (chain.parent / "pairs.jsonl").write_text(json.dumps(PAIR | {"rejected": "no"}) + "\n")
+    assert statuses(run_pipeline(chain)) == ["skipped", "ran", "ran"]
+
+
+def test_an_interrupted_stage_resumes_and_the_rest_follows(
+    chain: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pipeline_module.run_stage
+
+    def killed(recipe: Recipe) -> Artifact:
+        if recipe.stage == "reward":
+            open_run(recipe)
+            raise Interrupted("stopped; run the same command to go on")
+        return whole(recipe)
+
+    monkeypatch.setattr(pipeline_module, "run_stage", killed)
+    with pytest.raises(Interrupted):
+        run_pipeline(chain)
+    monkeypatch.setattr(pipeline_module, "run_stage", whole)
+    assert statuses(run_pipeline(chain)) == ["skipped", "resumed", "ran"]
+
+
+def test_a_bad_row_of_the_last_stage_stops_the_first_from_starting(chain: Path, ran: list[str]) -> None:
+    (chain.parent / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n" + json.dumps({"prompt": "hi"}) + "\n")
+    with pytest.raises(DataError, match=r"pairs.jsonl:2: "):
+        run_pipeline(chain)
+    assert ran == []
+
+
+def test_every_stages_recipe_is_validated_before_the_first_runs(chain: Path, ran: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"stage dpo .*`dpo.bata` is not a recipe key"):
+        run_pipeline(chain, {"dpo.dpo.bata": 1})
+    assert ran == []
+
+
+def test_inputs_become_folders_of_earlier_stages(chain: Path) -> None:
+    stages = resolve_stages(load_pipeline(chain), chain)
+    runs = chain.parent / "runs"
+    assert stages["dpo"].output_dir == str(runs / "dpo")
+    assert stages["dpo"].model.name_or_path == str(runs / "sft")  # type: ignore[union-attr]
+
+
+def test_a_failing_launch_names_the_command(chain: Path, ran: list[str]) -> None:
+    with pytest.raises(ChatalignError, match="ended with status"):
+        run_pipeline(chain, accelerate_config=chain.parent / "no_such_config.yaml")
