@@ -1,0 +1,94 @@
+"""One step of sampling: from logits to tokens and their log-probabilities.
+
+Shapes: B rows, V vocabulary, N new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from chatalign.rollout.interface import Sampling
+
+
+def row_uniforms(seed: int, row_seeds: Sequence[int], new_tokens: int, device: torch.device) -> Tensor:
+    """Uniform numbers in [0, 1), shape (B, N), each row from its own seed.
+
+    Drawn on the CPU, so that a row gets the same numbers whatever device, process or batch it is in.
+    """
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    uniforms_BN = torch.empty(len(row_seeds), new_tokens, dtype=torch.float64)
+    generator = torch.Generator()
+    for row, row_seed in enumerate(row_seeds):
+        # Weyl's constant spreads neighbouring seeds; the generator takes 64 bits.
+        generator.manual_seed((seed * 0x9E3779B97F4A7C15 + row_seed * 0xBF58476D1CE4E5B9) % 2**63)
+        torch.rand(new_tokens, generator=generator, out=uniforms_BN[row])
+    return uniforms_BN.to(device=device, dtype=dtype)
+
+
+class Sampler:
+    """Draws tokens as a `Sampling` says; holds its masks on the device."""
+
+    def __init__(self, sampling: Sampling, vocabulary: int, device: torch.device) -> None:
+        """Raises ValueError where a forbidden or stop token lies outside the vocabulary of the logits."""
+        named = [*sampling.forbidden_token_ids, *sampling.stop_token_ids]
+        if named and not 0 <= min(named) <= max(named) < vocabulary:
+            raise ValueError(f"stop and forbidden tokens {sorted(named)} reach outside 0 … {vocabulary - 1}")
+        self.sampling = sampling
+        self.stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
+        self.forbidden_ids = torch.tensor(sampling.forbidden_token_ids, dtype=torch.long, device=device)
+
+    def draw(self, logits_BV: Tensor, uniforms_B: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens and their log-probabilities before truncation, both (B,); `step` counts new tokens from 0."""
+        sampling = self.sampling
+        logits_BV = logits_BV.float()
+        if self.forbidden_ids.numel():
+            logits_BV = logits_BV.index_fill(1, self.forbidden_ids, -torch.inf)
+        if sampling.temperature not in (0.0, 1.0):
+            logits_BV = logits_BV / sampling.temperature
+        logps_BV = logits_BV.log_softmax(-1)
+        allowed_BV = logps_BV
+        if step < sampling.min_new_tokens and self.stop_ids.numel():
+            allowed_BV = allowed_BV.index_fill(1, self.stop_ids, -torch.inf)
+        if sampling.temperature == 0.0:
+            tokens_B = allowed_BV.argmax(-1)
+        else:
+            allowed_BV = truncate(allowed_BV, top_p=sampling.top_p, top_k=sampling.top_k)
+            tokens_B = inverse_cdf(allowed_BV, uniforms_B)
+        return tokens_B, logps_BV.gather(1, tokens_B[:, None]).squeeze(1)
+
+    def stops(self, tokens: Tensor) -> Tensor:
+        """Which tokens end a reply, bool, of the same shape."""
+        return torch.isin(tokens, self.stop_ids)
+
+
+def truncate(logps_BV: Tensor, *, top_p: float, top_k: int) -> Tensor:
+    """−inf outside the top_k likeliest tokens, then outside the smallest set whose probability reaches top_p.
+
+    As transformers' TopKLogitsWarper and TopPLogitsWarper in that order; the likeliest token always stays.
+    """
+    if 0 < top_k < logps_BV.shape[-1]:
+        threshold_B1 = logps_BV.topk(top_k, dim=-1).values[:, -1:]
+        logps_BV = logps_BV.masked_fill(logps_BV < threshold_B1, -torch.inf)
+    if top_p < 1.0:
+        sorted_BV, order_BV = logps_BV.sort(dim=-1, descending=True)
+        probs_BV = sorted_BV.softmax(-1)
+        before_BV = probs_BV.cumsum(-1) - probs_BV
+        dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
+        logps_BV = logps_BV.masked_fill(dropped_BV, -torch.inf)
+    return logps_BV
+
+
+def inverse_cdf(logps_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """The token at which the cumulative probability first exceeds each uniform number, shape (B,).
+
+    One number a token in place of `multinomial`'s one a vocabulary entry, so rows can have their own streams.
+    """
+    # float64: in fp32 the rounding of a sum over 150,000 entries outweighs rare tokens.
+    cumulative_BV = logps_BV.to(uniforms_B.dtype).exp_().cumsum_(-1)
+    # Scaled to the sum rather than normalised; strictly below it, or the last, perhaps impossible, token is drawn.
+    total_B = cumulative_BV[:, -1]
+    points_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
+    return torch.searchsorted(cumulative_BV, points_B[:, None], right=True).squeeze(1)

@@ -1,0 +1,151 @@
+"""The decode loop against `generate`, against one whole forward pass, and against itself in another order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from chatalign.rollout import Sampling, TransformersRollout, stream_reply
+
+PAD, STOPS = 0, (3, 7, 11)
+PROMPTS = [[5, 6, 8], [9], [12, 4, 13, 6, 8, 17, 20], [5, 30], [21, 22, 23, 24, 25], [9, 9, 9]]
+
+
+def _model(family: str) -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 64, "vocab_size": 40, "pad_token_id": PAD, "eos_token_id": 3, "bos_token_id": 1}
+    shape |= {"initializer_range": 0.3}
+    if family == "gpt2":
+        config = GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=40, pad_token_id=PAD, eos_token_id=3, bos_token_id=1,
+            initializer_range=0.3,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config)
+    if family == "gpt_neox":
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
+    if family == "mistral":
+        return MistralForCausalLM(MistralConfig(**shape, num_key_value_heads=2, sliding_window=4))
+    return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2))
+
+
+def _whole_forward_logprobs(model: Any, prompt: list[int], reply: list[int], temperature: float) -> list[float]:
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([prompt + reply]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logits[:, PAD] = -torch.inf
+    logps = (logits.float() / temperature).log_softmax(-1)
+    return logps.gather(1, torch.tensor(reply)[:, None]).squeeze(1).tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mistral"])
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_greedy_is_generate_token_for_token(family: str, batch_size: int) -> None:
+    model = _model(family).eval()
+    sampling = Sampling(max_new_tokens=12, stop_token_ids=STOPS, temperature=0.0)
+    rollout = TransformersRollout(model, PAD, batch_size=batch_size).generate(PROMPTS, sampling)
+    for prompt, reply, ended in zip(PROMPTS, rollout.response_ids, rollout.ended, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=list(STOPS),
+            pad_token_id=PAD,
+        )[0, len(prompt) :].tolist()
+        assert reply == theirs
+        assert ended == (reply[-1] in STOPS)
+        assert not set(reply[:-1]) & set(STOPS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mistral"])
+def test_logprobs_are_those_of_one_whole_unpadded_forward(family: str) -> None:
+    model = _model(family)
+    sampling = Sampling(
+        max_new_tokens=10, stop_token_ids=STOPS, temperature=0.7, top_p=0.8, top_k=20, forbidden_token_ids=(PAD,)
+    )
+    rollout = TransformersRollout(model, PAD).generate(PROMPTS, sampling)
+    for prompt, reply, logps in zip(PROMPTS, rollout.response_ids, rollout.logprobs, strict=True):
+        assert logps == pytest.approx(_whole_forward_logprobs(model, prompt, reply, 0.7), abs=1e-4)
+
+
+def test_a_reply_does_not_depend_on_its_batch_or_place() -> None:
+    model = _model("llama")
+    sampling = Sampling(max_new_tokens=12, stop_token_ids=STOPS, seed=5)
+    seeds = [100 + row for row in range(len(PROMPTS))]
+    together = TransformersRollout(model, PAD).generate(PROMPTS, sampling, row_seeds=seeds)
+    backwards = TransformersRollout(model, PAD, batch_size=2).generate(PROMPTS[::-1], sampling, row_seeds=seeds[::-1])
+    assert together.response_ids == backwards.response_ids[::-1]
+    assert together.ended == backwards.ended[::-1]
+    lengths = {len(ids) for ids in together.response_ids}
+    assert len(lengths) > 1, "the test needs rows that finish at different steps"
+    other = TransformersRollout(model, PAD).generate(PROMPTS, replace(sampling, seed=6), row_seeds=seeds)
+    assert other.response_ids != together.response_ids
+
+
+def test_the_same_prompt_in_two_rows_gets_two_replies() -> None:
+    sampling = Sampling(max_new_tokens=12, stop_token_ids=())
+    replies = TransformersRollout(_model("llama"), PAD).generate([[5, 6]] * 8, sampling).response_ids
+    assert len({tuple(reply) for reply in replies}) == 8
+
+
+def test_pad_as_stop_token_stays_in_the_reply() -> None:
+    sampling = Sampling(max_new_tokens=30, stop_token_ids=(PAD, 3))
+    rollout = TransformersRollout(_model("llama"), PAD).generate(PROMPTS * 4, sampling)
+    stopped_at_pad = [ids for ids, ended in zip(rollout.response_ids, rollout.ended, strict=True) if ids[-1] == PAD]
+    assert stopped_at_pad, "the test needs a reply that ends in pad"
+    assert all(ids.count(PAD) == 1 for ids in stopped_at_pad)
+    assert all(len(ids) == len(lp) for ids, lp in zip(rollout.response_ids, rollout.logprobs, strict=True))
+
+
+def test_forbidden_tokens_never_come_and_minimum_length_holds() -> None:
+    sampling = Sampling(
+        max_new_tokens=16, stop_token_ids=STOPS, forbidden_token_ids=tuple(range(12, 30)), min_new_tokens=6
+    )
+    rollout = TransformersRollout(_model("llama"), PAD).generate(PROMPTS * 10, sampling)
+    assert not {token for ids in rollout.response_ids for token in ids} & set(range(12, 30))
+    # The stop token is the seventh at the earliest: six tokens come before it.
+    assert min(len(ids) for ids in rollout.response_ids) == 7
+
+
+def test_dropout_is_off_and_training_mode_is_restored() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40, resid_pdrop=0.5)).train()
+    model.transformer.h[0].eval()
+    sampling = Sampling(max_new_tokens=8, stop_token_ids=())
+    rollout = TransformersRollout(model, PAD)
+    first, again = (rollout.generate(PROMPTS, sampling) for _ in range(2))
+    assert first == again
+    assert model.training
+    assert not model.transformer.h[0].training
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stream_gives_the_same_tokens(temperature: float, tiny_tokenizer: Any) -> None:
+    model = _model("gpt2")
+    sampling = Sampling(max_new_tokens=12, stop_token_ids=STOPS, temperature=temperature, seed=3)
+    for prompt in PROMPTS:
+        whole = TransformersRollout(model, PAD).generate([prompt], sampling).response_ids[0]
+        assert list(stream_reply(model, tiny_tokenizer, prompt, sampling)) == whole
+
+
+def test_an_empty_prompt_and_missing_seeds_are_refused() -> None:
+    sampling = Sampling(max_new_tokens=4, stop_token_ids=STOPS)
+    rollout = TransformersRollout(_model("llama"), PAD)
+    with pytest.raises(ValueError, match="prompt 1 has no token"):
+        rollout.generate([[5], []], sampling)
+    with pytest.raises(ValueError, match="1 row seeds for 2 prompts"):
+        rollout.generate([[5], [6]], sampling, row_seeds=[1])
