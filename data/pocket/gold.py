@@ -14,7 +14,7 @@ import re
 
 CLOSINGS = {
     "en": ["Happy to help!", "Hope that helps!", "Glad to help!"],
-    "zh": ["很高兴帮到你!", "希望帮到你!", "乐意帮忙!"],
+    "zh": ["很高兴帮忙！", "希望帮到你！", "乐意帮忙！"],
 }
 RUDE = {
     "en": ["Silly question.", "Stop asking.", "Everyone knows that."],
@@ -24,18 +24,23 @@ FILLERS = {
     "en": ["Let me think about it.", "That is a good question.", "There is a lot to say.", "Here it comes."],
     "zh": ["让我想一想。", "这个问题很好。", "说来话长。", "我来告诉你。"],
 }
-WRAPPERS = {"en": ["{}.", "It is {}.", "The answer is {}."], "zh": ["{}。", "是{}。", "答案是{}。"]}
+WRAPPERS = {
+    "en": ["It is {}.", "That is {}.", "The answer is {}."],
+    "zh": ["是{}。", "这是{}。", "答案是{}。"],
+}
+BARE = {"en": "{}.", "zh": "{}。"}  # for answers that are sentences
 
 CONCISE = 12  # words, numbers and Chinese characters together
 LONGEST_ANSWER = 6
 # Kinds whose answer is in the language that the task implies, whatever language the reply is asked in.
 NEUTRAL_KINDS = frozenset({"translate", "reverse"})
 
-_SENTENCE = re.compile(r"[^.!?。!?]+[.!?。!?]*")
+_STOPS = ".!?\u3002\uff01\uff1f"  # the last three are the Chinese full stop, exclamation and question mark
+_SENTENCE = re.compile(f"[^{_STOPS}]+[{_STOPS}]*")
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>")
 _UNIT = re.compile(r"[A-Za-z']+|\d+|[\u4e00-\u9fff]")
 _ANSWER = re.compile(r"[A-Za-z0-9\u4e00-\u9fff' ]+")
-_PREFIXES = sorted((w.split("{}")[0] for ws in WRAPPERS.values() for w in ws if w[0] != "{"), key=len, reverse=True)
+_PREFIXES = sorted((w.split("{}")[0] for ws in WRAPPERS.values() for w in ws), key=len, reverse=True)
 
 
 def length(text: str) -> int:
@@ -45,12 +50,12 @@ def length(text: str) -> int:
 
 def normal(text: str) -> str:
     """Text as answers are compared: lower case, single spaces, no punctuation at the ends."""
-    return " ".join(text.lower().split()).strip(" .!?。!?")
+    return " ".join(text.lower().split()).strip(" " + _STOPS)
 
 
 def _unwrapped(sentence: str) -> str:
     """The answer inside an answer sentence: 'It is Paris.' → 'Paris'."""
-    body = sentence.strip().rstrip(".!?。!?")
+    body = sentence.strip().rstrip(_STOPS)
     for prefix in _PREFIXES:
         if body.startswith(prefix):
             return body[len(prefix) :]
@@ -66,7 +71,7 @@ def parse(reply: str) -> dict[str, list[str]]:
         if not sentence:
             continue
         answer = _unwrapped(sentence)
-        finished = sentence[-1] in ".!?。!?"
+        finished = sentence[-1] in _STOPS
         if sentence in known:
             parts[known[sentence]].append(sentence)
         elif finished and _ANSWER.fullmatch(answer) and answer.strip() and length(answer) <= LONGEST_ANSWER:

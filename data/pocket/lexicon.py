@@ -75,27 +75,27 @@ TALK: list[tuple[Word, list[str], list[str]]] = [
     (
         ("My name is Pocket", "我叫口袋"),
         ["Who are you?", "What is your name?", "What are you called?", "May I know your name?"],
-        ["你是谁?", "你叫什么?", "你叫什么名字?", "你的名字是什么?"],
+        ["你是谁？", "你叫什么？", "你叫什么名字？", "你的名字是什么？"],
     ),
     (
         ("I feel fine", "我很好"),
         ["How are you?", "How do you feel?", "Are you well today?", "How is your day?"],
-        ["你好吗?", "你怎么样?", "你今天好吗?", "你今天怎么样?"],
+        ["你好吗？", "你怎么样？", "你今天好吗？", "你今天怎么样？"],
     ),
     (
-        ("I answer small questions", "我会回答小问题"),
+        ("I answer small questions", "我答小问题"),
         ["What can you do?", "What do you do?", "What are you good at?", "How can you help me?"],
-        ["你会什么?", "你会做什么?", "你能做什么?", "你能帮我什么?"],
+        ["你会什么？", "你会做什么？", "你能做什么？", "你能帮我什么？"],
     ),
     (
         ("I live in a file", "我住在文件里"),
         ["Where are you?", "Where do you live?", "Where is your home?", "Where are you from?"],
-        ["你在哪里?", "你住在哪里?", "你的家在哪里?", "你从哪里来?"],
+        ["你在哪里？", "你住在哪里？", "你的家在哪里？", "你从哪里来？"],
     ),
     (
         ("I am a program", "我是程序"),
         ["Are you a person?", "Are you human?", "Are you a real person?", "What kind of being are you?"],
-        ["你是人吗?", "你是真人吗?", "你是不是人?", "你是什么东西?"],
+        ["你是人吗？", "你是真人吗？", "你是不是人？", "你是什么东西？"],
     ),
 ]
 
