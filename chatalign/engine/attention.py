@@ -1,0 +1,299 @@
+"""Attention over the flat layout: each segment sees itself causally and its prefix fully, and nothing else.
+
+A batch is one row of T tokens with a segment table [S, 4] of (start, end, prefix_start, prefix_end). Documents are
+segments without a prefix; a preference pair is prompt | chosen | rejected, both replies having the prompt as their
+prefix. The entry is registered with transformers' attention interface, so that models run it unchanged, and no
+T × T mask is ever built. Without segments it is transformers' own SDPA, so ``generate`` works as before.
+
+Shapes: T tokens, S segments, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from chatalign.errors import ModelError
+
+ATTENTION = "chatalign_segments"
+# Arguments of other attention entries that change the result and that this one does not compute.
+_UNSUPPORTED = ("s_aux", "position_bias")
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """A segment table read once for all layers. Built on the host: kernels take lengths as plain numbers."""
+
+    lengths: list[int]
+    prefixes: list[int | None]  # which earlier segment each one has as its prefix
+    longest: int  # keys that the longest segment sees, its prefix included
+    groups: list[list[int]]  # segments of equal length and equal prefix length, run as one batch
+    _masks: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, compare=False)
+    _varlen: dict[torch.device, VarlenTable] = field(default_factory=dict, compare=False)
+
+    def mask(self, length: int, prefix: int, device: torch.device) -> Tensor:
+        """(length, prefix + length) booleans: the prefix fully, then causal."""
+        key = (length, prefix, device)
+        if key not in self._masks:
+            everything = torch.ones(length, prefix + length, dtype=torch.bool, device=device)
+            self._masks[key] = everything.tril(diagonal=prefix)
+        return self._masks[key]
+
+    def varlen(self, device: torch.device) -> VarlenTable:
+        """The same table for a variable-length kernel, on `device`."""
+        if device not in self._varlen:
+            self._varlen[device] = _varlen_table(self, device)
+        return self._varlen[device]
+
+
+@dataclass(frozen=True)
+class VarlenTable:
+    """Cumulative lengths of queries and keys, int32 (S + 1,), and where each key comes from (None: in place)."""
+
+    cu_seq_q: Tensor
+    cu_seq_k: Tensor
+    max_q: int
+    max_k: int
+    key_index: Tensor | None
+
+
+def plan_segments(segments: Tensor, total: int) -> SegmentPlan:
+    """Read a segment table of a row of `total` tokens.
+
+    Raises ValueError where segments do not tile the row in order, or a prefix is not one earlier segment.
+    """
+    rows: list[tuple[int, int, int, int]] = [tuple(row) for row in segments.tolist()]
+    starts = {(start, end): i for i, (start, end, _, _) in enumerate(rows)}
+    lengths, prefixes, place = [], [], 0
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, (start, end, prefix_start, prefix_end) in enumerate(rows):
+        prefix = starts.get((prefix_start, prefix_end)) if prefix_end > prefix_start else None
+        if start != place or end <= start or (prefix_end > prefix_start and (prefix is None or prefix >= i)):
+            raise ValueError(
+                f"segment {i} is {rows[i]}; segments must tile the row in order and have one earlier segment as prefix"
+            )
+        lengths.append(end - start)
+        prefixes.append(prefix)
+        groups[(end - start, prefix_end - prefix_start)].append(i)
+        place = end
+    if place != total:
+        raise ValueError(f"segments cover {place} tokens of {total}")
+    longest = max(length + prefix for length, prefix in groups)
+    return SegmentPlan(lengths=lengths, prefixes=prefixes, longest=longest, groups=list(groups.values()))
+
+
+def segment_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """A flat batch's arguments for a model's forward pass: ids, positions and the plan of its segments.
+
+    The one-element 4-D mask keeps transformers from building its T × T mask; the entry never reads it. The plan is
+    a plain object, so that DDP does not carry it to the accelerator and back.
+    """
+    ids = batch["input_ids"]
+    return {
+        "input_ids": ids,
+        "position_ids": batch["position_ids"],
+        "segments": plan_segments(batch["segments"], ids.shape[1]),
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+        "use_cache": False,
+    }
+
+
+def segment_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: SegmentPlan | Tensor | None = None,
+    **kwargs: Any,  # transformers' interface: what a model passes to every attention entry
+) -> tuple[Tensor, None]:
+    """Attention of q (1, H, T, D) over k and v (1, H or fewer, T, D); returns ((1, T, H, D), None).
+
+    Raises ModelError where a segment is longer than the layer's sliding window, or the model needs a term that is
+    not computed here.
+    """
+    softcap = kwargs.get("softcap")
+    if segments is None and softcap is not None:
+        key, value = _repeat_heads(query, key, value)
+        mask = _causal_mask(query, key) if attention_mask is None else attention_mask
+        return _softcapped(query, key, value, mask, dropout, scaling, softcap).transpose(1, 2), None
+    if segments is None:
+        output, weights = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, weights
+    plan = segments if isinstance(segments, SegmentPlan) else plan_segments(segments, query.shape[2])
+    _require_supported(module, plan, kwargs)
+    if _varlen_fits(query, key, dropout) and softcap is None:
+        return _varlen_attention(query, key, value, plan, scaling), None
+    key, value = _repeat_heads(query, key, value)
+    return _segment_by_segment(query, key, value, plan, dropout, scaling, softcap), None
+
+
+def _require_supported(module: nn.Module, plan: SegmentPlan, kwargs: dict[str, Any]) -> None:
+    window = kwargs.get("sliding_window")
+    if window is not None and plan.longest > window:
+        raise ModelError(
+            f"a sequence of {plan.longest} tokens is longer than {type(module).__name__}'s sliding window of {window}; "
+            f"set `data.max_length` to {window} or less"
+        )
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"{type(module).__name__} needs `{name}` in its attention, which the native engine does not compute; "
+                "train it with `engine: trl`"
+            )
+
+
+def _segment_by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: SegmentPlan,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """SDPA on each group of equal segments; (1, T, H, D)."""
+    # split, not slicing: the backward pass of a split is one concatenation, that of S slices is S full-size buffers.
+    queries = torch.split(query, plan.lengths, dim=2)
+    keys = torch.split(key, plan.lengths, dim=2)
+    values = torch.split(value, plan.lengths, dim=2)
+    outputs: list[Tensor] = [query] * len(plan.lengths)
+    for group in plan.groups:
+        group_output = _attend(
+            _stack([queries[i] for i in group]),
+            _stack([_with_prefix(keys, i, plan.prefixes[i]) for i in group]),
+            _stack([_with_prefix(values, i, plan.prefixes[i]) for i in group]),
+            plan,
+            dropout,
+            scaling,
+            softcap,
+        ).transpose(1, 2)
+        for i, output in zip(group, torch.split(group_output, 1), strict=True):
+            outputs[i] = output
+    return torch.cat(outputs, dim=1)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _with_prefix(parts: Sequence[Tensor], i: int, prefix: int | None) -> Tensor:
+    return parts[i] if prefix is None else torch.cat((parts[prefix], parts[i]), dim=2)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: SegmentPlan,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    length, prefix = query.shape[2], key.shape[2] - query.shape[2]
+    if softcap is None:
+        mask = plan.mask(length, prefix, query.device) if prefix else None
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and length > 1, scale=scaling
+        )
+    return _softcapped(query, key, value, plan.mask(length, prefix, query.device), dropout, scaling, softcap)
+
+
+def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    repeats = query.shape[1] // key.shape[1]
+    return repeat_kv(key, repeats), repeat_kv(value, repeats)
+
+
+def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    everything = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    return everything.tril(diagonal=key.shape[2] - query.shape[2])
+
+
+def _softcapped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    dropout: float,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """Attention with s · tanh(x / s) on its scores (Gemma 2), which SDPA lacks; `mask` is true where a key is seen."""
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, p=dropout, training=dropout > 0) @ value
+
+
+def _varlen_fits(query: Tensor, key: Tensor, dropout: float) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and dropout == 0 and query.shape[-1] == key.shape[-1] <= 256
+
+
+def _varlen_table(plan: SegmentPlan, device: torch.device) -> VarlenTable:
+    ends = [0]
+    for length in plan.lengths:
+        ends.append(ends[-1] + length)
+    key_lengths, places = [], []
+    for i, (length, prefix) in enumerate(zip(plan.lengths, plan.prefixes, strict=True)):
+        before = [] if prefix is None else [torch.arange(ends[prefix], ends[prefix + 1])]
+        places += [*before, torch.arange(ends[i], ends[i + 1])]
+        key_lengths.append(length + (0 if prefix is None else plan.lengths[prefix]))
+    key_ends = [0, *torch.tensor(key_lengths).cumsum(0).tolist()]
+    shared = any(prefix is not None for prefix in plan.prefixes)
+    return VarlenTable(
+        cu_seq_q=torch.tensor(ends, dtype=torch.int32, device=device),
+        cu_seq_k=torch.tensor(key_ends, dtype=torch.int32, device=device),
+        max_q=max(plan.lengths),
+        max_k=max(key_lengths),
+        key_index=torch.cat(places).to(device) if shared else None,
+    )
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scaling: float | None) -> Tensor:
+    """One flash-attention call for all segments; keys of a shared prefix are gathered before each reply's own.
+
+    Flash attention aligns its causal mask to the bottom right, which is "the prefix fully, then causal".
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    table = plan.varlen(query.device)
+    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+    if table.key_index is not None:
+        keys, values = keys.index_select(0, table.key_index), values.index_select(0, table.key_index)
+    if query.shape[1] != key.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
+    output = varlen_attn(
+        queries.contiguous(),
+        keys.contiguous(),
+        values.contiguous(),
+        table.cu_seq_q,
+        table.cu_seq_k,
+        table.max_q,
+        table.max_k,
+        scale=scaling,
+        window_size=(-1, 0),
+    )
+    assert isinstance(output, Tensor)
+    return output.unsqueeze(0)
+
+
+def register() -> None:
+    """Make the entry known to transformers under :data:`ATTENTION`; again does nothing new."""
+    AttentionInterface.register(ATTENTION, segment_attention_forward)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,128 @@
+"""The start-up check of the flat layout: a model that would mix the documents of a row is refused, never trained.
+
+A model runs the segment entry only where its code hands the forward pass's arguments to transformers' attention
+interface, and nothing else in it (a convolution, a recurrent state) looks across tokens. Both are measured, not
+assumed: on a tiny batch, each segment must give what it gives alone, and must not move when another one changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chatalign.engine.attention import ATTENTION, register, segment_inputs
+from chatalign.errors import ModelError
+
+_LENGTHS = (5, 7, 4, 6)  # a document, then prompt | chosen | rejected
+_REMEDY = "train it with `engine: trl`, or choose another model"
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model inside DDP, torch.compile and PEFT wrappers."""
+    inner: Any = model
+    while True:
+        if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            return inner
+
+
+def enable_segments(model: nn.Module) -> None:
+    """Set the model to the segment entry and check it; raises ModelError for a model that can't run it.
+
+    Nothing is run where the weights are not here to run: on the meta device, or sharded by ZeRO-3 before training.
+    """
+    register()
+    base = unwrapped(model)
+    if not getattr(base, "_can_set_attn_implementation", lambda: False)():
+        raise ModelError(f"{type(base).__name__} does not use transformers' attention interface; {_REMEDY}")
+    if base.config._attn_implementation != ATTENTION:
+        base.set_attn_implementation(ATTENTION)
+    if not any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
+        check_isolation(model)
+
+
+def check_isolation(model: nn.Module) -> None:
+    """Compare a tiny flat batch with its sequences run alone; raises ModelError where a segment sees another."""
+    base = unwrapped(model)
+    ids = _tiny_ids(base)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            together = _hidden(base, _flat_batch(ids))
+            moved = _hidden(base, _flat_batch(_change_first_and_chosen(ids, base)))
+            alone = _run_alone(base, ids)
+    finally:
+        model.train(training)
+    scale = float(together.float().std())
+    half = together.dtype in (torch.bfloat16, torch.float16)
+    ends = torch.tensor(_LENGTHS).cumsum(0).tolist()
+    kept = torch.cat((together[ends[0] : ends[1]], together[ends[2] :]))
+    kept_moved = torch.cat((moved[ends[0] : ends[1]], moved[ends[2] :]))
+    leak = float((kept - kept_moved).abs().max())
+    gap = float((together - alone).float().abs().max())
+    if not leak <= (1e-2 if half else 1e-5) * scale or not gap <= (0.25 if half else 1e-3) * scale:
+        raise ModelError(
+            f"{type(base).__name__} mixes the documents of a packed row (leak {leak / scale:.1e}, "
+            f"gap {gap / scale:.1e} of the hidden states' spread); {_REMEDY}"
+        )
+
+
+def _tiny_ids(base: Any) -> Tensor:
+    vocab_size = int(base.get_input_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (sum(_LENGTHS),), generator=generator)
+
+
+def _change_first_and_chosen(ids: Tensor, base: Any) -> Tensor:
+    vocab_size = int(base.get_input_embeddings().weight.shape[0])
+    document, prompt, chosen, rejected = ids.split(_LENGTHS)
+    return torch.cat(((document + 1) % vocab_size, prompt, (chosen + 1) % vocab_size, rejected))
+
+
+def _flat_batch(ids: Tensor) -> dict[str, Any]:
+    document, prompt, chosen, rejected = _LENGTHS
+    ends = torch.tensor(_LENGTHS).cumsum(0).tolist()
+    positions = [*range(document), *range(prompt + chosen), *range(prompt, prompt + rejected)]
+    table = [
+        [0, ends[0], 0, 0],
+        [ends[0], ends[1], 0, 0],
+        [ends[1], ends[2], ends[0], ends[1]],
+        [ends[2], ends[3], ends[0], ends[1]],
+    ]
+    return {
+        "input_ids": ids.unsqueeze(0),
+        "position_ids": torch.tensor([positions]),
+        "segments": torch.tensor(table, dtype=torch.int32),
+    }
+
+
+def _run_alone(base: Any, ids: Tensor) -> Tensor:
+    document, prompt, chosen, rejected = ids.split(_LENGTHS)
+    parts = []
+    for sequence, kept in (
+        (document, slice(None)),
+        (torch.cat((prompt, chosen)), slice(None)),
+        (torch.cat((prompt, rejected)), slice(len(prompt), None)),
+    ):
+        parts.append(_run(base, {"input_ids": sequence.unsqueeze(0), "use_cache": False})[kept])
+    return torch.cat(parts)
+
+
+def _hidden(base: Any, batch: dict[str, Any]) -> Tensor:
+    return _run(base, segment_inputs(batch))
+
+
+def _run(base: Any, inputs: dict[str, Any]) -> Tensor:
+    """Last hidden states (T, hidden) of the backbone."""
+    device = base.get_input_embeddings().weight.device
+    inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    backbone = getattr(base, base.base_model_prefix)
+    return backbone(**inputs).last_hidden_state[0]

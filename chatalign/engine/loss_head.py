@@ -1,0 +1,135 @@
+"""The loss head: log-probabilities of a batch's targets, from logits where that is cheap, in chunks where it isn't.
+
+The chunked head takes the place of the output layer's forward pass, so that it runs inside the wrapped model (DDP,
+PEFT, autocast) as any layer would. It is used only on models whose logits are exactly the output layer's result:
+a logit softcap or scale after it (Gemma 2, Cohere, Granite) is found by running one token, and keeps the plain head.
+
+Shapes: K kept tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chatalign.engine.attention import segment_inputs
+from chatalign.engine.isolation import unwrapped
+from chatalign.maths import logprobs
+
+# Below this many bytes of fp32 logits the plain head is as fast and its memory does not matter.
+_PLAIN_LOGITS_BYTES = 64 * 2**20
+_CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+
+
+@dataclass(frozen=True)
+class _Request:
+    targets: Tensor
+    temperature: float
+    entropy_grad: bool
+    chunk: int
+
+
+_REQUEST: ContextVar[_Request | None] = ContextVar("chatalign_logprobs", default=None)
+
+
+def _output_layer_forward(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    """The output layer's forward pass: logits, or (1, K, 2) log-probabilities and entropies where asked for."""
+    request = _REQUEST.get()
+    if request is None:
+        return nn.functional.linear(hidden, layer.weight, layer.bias)
+    logps_K, entropy_K = logprobs.chunked_linear_logprobs(
+        hidden.flatten(0, -2),
+        layer.weight,
+        layer.bias,
+        request.targets,
+        request.chunk,
+        request.temperature,
+        entropy_grad=request.entropy_grad,
+    )
+    return torch.stack((logps_K, entropy_K), dim=-1).unsqueeze(0)
+
+
+def enable_chunked_head(model: nn.Module) -> bool:
+    """Let :func:`token_logprobs` use the chunked head on this model; False where its logits are not the layer's own."""
+    base = unwrapped(model)
+    layer = base.get_output_embeddings()
+    if layer is None or type(layer) is not nn.Linear or layer.weight.is_meta or hasattr(layer.weight, "ds_id"):
+        return False
+    if not _is_last(base, layer):
+        return False
+    # A bound method, not a closure: a deep copy of the model then runs its own layer.
+    vars(layer)["forward"] = MethodType(_output_layer_forward, layer)
+    return True
+
+
+def _is_last(base: Any, layer: nn.Linear) -> bool:
+    seen: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    training = base.training
+    base.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.zeros(1, 2, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+            logits = base(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+        base.train(training)
+    return len(seen) == 1 and torch.equal(seen[0].float(), logits.float())
+
+
+def token_logprobs(
+    model: nn.Module,
+    batch: dict[str, Any],
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target of a flat batch, (K,) in nats and fp32, and the entropies (K,) where asked for.
+
+    `model` is the model as it is trained, wrappers and all. The entropy carries a gradient with `entropy_grad`.
+    """
+    inputs = segment_inputs(batch)
+    targets, kept = batch["targets"], batch["predict_positions"]
+    chunk = _chunk_tokens(model, targets)
+    if chunk:
+        request = _Request(targets=targets, temperature=temperature, entropy_grad=entropy_grad, chunk=chunk)
+        with _asking(request):
+            both_K2 = model(**inputs, logits_to_keep=kept).logits[0]
+        logps_K, entropy_K = both_K2.unbind(-1)
+        return logps_K, (entropy_K if entropy_grad else entropy_K.detach()) if entropy else None
+    logits_KV = model(**inputs, logits_to_keep=kept).logits[0]
+    logps_K = logprobs.selected_logprobs(logits_KV, targets, temperature)
+    if not entropy:
+        return logps_K, None
+    return logps_K, logprobs.entropy(logits_KV if entropy_grad else logits_KV.detach(), temperature)
+
+
+@contextmanager
+def _asking(request: _Request) -> Iterator[None]:
+    token = _REQUEST.set(request)
+    try:
+        yield
+    finally:
+        _REQUEST.reset(token)
+
+
+def _chunk_tokens(model: nn.Module, targets: Tensor) -> int:
+    """Tokens a chunk, or 0 for the plain head."""
+    layer = unwrapped(model).get_output_embeddings()
+    if (
+        not isinstance(getattr(layer, "forward", None), MethodType)
+        or layer.forward.__func__ is not _output_layer_forward
+    ):
+        return 0
+    vocabulary = int(layer.out_features)
+    if targets.numel() * vocabulary * 4 <= _PLAIN_LOGITS_BYTES:
+        return 0
+    return max(64, _CHUNK_BYTES.get(targets.device.type, _CHUNK_BYTES["cuda"]) // (4 * vocabulary))
