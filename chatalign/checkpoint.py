@@ -1,0 +1,122 @@
+"""Checkpoints that can be trusted: a manifest with every file's sha256 and the run's id, written last.
+
+A checkpoint without a manifest was cut off while it was written; one whose files differ was altered since; one with
+another run's id is another run's. transformers resumes from all three without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from chatalign.artifact import sha256_file, verify_files, write_json
+from chatalign.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+_log = logging.getLogger("chatalign")
+
+
+class OtherRunError(CheckpointError):
+    """A checkpoint that another run wrote; never skipped, since the folder itself is then wrong."""
+
+
+def write_manifest(checkpoint: str | Path, run_id: str, extra: Mapping[str, Any] | None = None) -> Path:
+    """Seal a checkpoint: sync its files to disk, then write their hashes, whole or not at all.
+
+    To be called once every process has written its files. `extra` is whatever a resume must find again.
+    """
+    checkpoint = Path(checkpoint)
+    files = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            files[path.relative_to(checkpoint).as_posix()] = sha256_file(path)
+    return write_json(checkpoint / MANIFEST, {"run_id": run_id, "files": files, "extra": dict(extra or {})})
+
+
+def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
+    """A checkpoint's manifest; raises CheckpointError where it is missing or unreadable."""
+    path = Path(checkpoint) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        return {"run_id": str(manifest["run_id"]), "files": dict(manifest["files"]), "extra": dict(manifest["extra"])}
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint}: has no {MANIFEST}, so it was cut off while it was saved") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: can't be read ({error})") from None
+
+
+def verify(checkpoint: str | Path, run_id: str) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file is as it was saved; raises CheckpointError otherwise."""
+    manifest = read_manifest(checkpoint)
+    if manifest["run_id"] != run_id:
+        raise OtherRunError(
+            f"{checkpoint}: belongs to run {manifest['run_id']}, not to this one ({run_id}); "
+            f"take it out of the folder, or give another `output_dir`"
+        )
+    if problems := verify_files(checkpoint, manifest["files"]):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{problems[0]}{more}")
+    return manifest
+
+
+def latest_valid(checkpoints: str | Path, run_id: str) -> Path | None:
+    """The newest checkpoint of this run that is whole; None where there is none.
+
+    A damaged one is named in a warning and the one before it is taken. Another run's raises CheckpointError.
+    """
+    for checkpoint in reversed(list_checkpoints(checkpoints)):
+        try:
+            verify(checkpoint, run_id)
+        except OtherRunError:
+            raise
+        except CheckpointError as error:
+            _log.warning("%s; going on from the checkpoint before it", error)
+            continue
+        return checkpoint
+    return None
+
+
+def list_checkpoints(checkpoints: str | Path) -> list[Path]:
+    """The ``checkpoint-STEP`` folders, oldest first by step."""
+    folder = Path(checkpoints)
+    if not folder.is_dir():
+        return []
+    numbered = [
+        (int(match[1]), path) for path in folder.iterdir() if path.is_dir() and (match := _NAME.match(path.name))
+    ]
+    return [path for _, path in sorted(numbered)]
+
+
+def prune(checkpoints: str | Path, *, keep: int, run_id: str) -> list[Path]:
+    """Delete all but the newest `keep` whole checkpoints and what is damaged among the older; returns what went.
+
+    Nothing is deleted where none is whole. Damaged ones count for nothing: a rotation by age alone may
+    delete the only checkpoint that works.
+    """
+    kept = 0
+    removed = []
+    for checkpoint in reversed(list_checkpoints(checkpoints)):
+        if kept >= keep:
+            shutil.rmtree(checkpoint)
+            removed.append(checkpoint)
+            continue
+        try:
+            verify(checkpoint, run_id)
+        except OtherRunError:
+            continue
+        except CheckpointError:
+            if kept:
+                shutil.rmtree(checkpoint)
+                removed.append(checkpoint)
+            continue
+        kept += 1
+    return removed

@@ -1,0 +1,1 @@
+"""Models: what a name stands for, tokenizers, bases, adapters, references, reward heads."""
