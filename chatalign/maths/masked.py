@@ -52,8 +52,12 @@ def masked_var(values_BT: Tensor, mask_BT: Tensor, *, unbiased: bool = False) ->
 
     `unbiased` divides by n - 1 in place of n. Raises ValueError where the shapes differ.
     """
-    count = mask_BT.bool().sum()
-    deviation_BT = at_least_fp32(values_BT) - masked_mean(values_BT, mask_BT)
+    require_same_shape(values=values_BT, mask=mask_BT)
+    mask_BT = mask_BT.bool()
+    count = mask_BT.sum()
+    # Emptied before the square, whose derivative would make NaN of an infinity off the mask.
+    values_BT = torch.where(mask_BT, at_least_fp32(values_BT), 0.0)
+    deviation_BT = values_BT - masked_mean(values_BT, mask_BT)
     divisor = (count - 1 if unbiased else count).clamp(min=1)
     return masked_sum(deviation_BT.square(), mask_BT) / divisor
 

@@ -62,7 +62,8 @@ def policy_loss(
     clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip_range, 1 + high)
     losses_BT = torch.maximum(unclipped_BT, clipped_BT)
     if importance_weights_BT is not None:
-        losses_BT = losses_BT * importance_weights_BT.detach()
+        require_same_shape(logps=logps_BT, importance_weights=importance_weights_BT)
+        losses_BT = losses_BT * torch.where(mask_BT, importance_weights_BT.detach(), 0.0)
     loss = normalised_sum(losses_BT, mask_BT, normaliser)
     with torch.no_grad():
         return PolicyLoss(

@@ -62,7 +62,7 @@ class Pairs:
         """Token counts of the chosen and rejected replies, at least 1. Raises ValueError where not given."""
         if self.chosen_lengths is None or self.rejected_lengths is None:
             raise ValueError("this loss is normalised by length; pass chosen_lengths_B and rejected_lengths_B")
-        return self.chosen_lengths.clamp(min=1), self.rejected_lengths.clamp(min=1)
+        return self.chosen_lengths.clamp(min=1).float(), self.rejected_lengths.clamp(min=1).float()
 
     def mean_score_difference(self) -> Tensor:
         """d with either score divided by its reply's length."""
