@@ -7,8 +7,6 @@ resumes) and everything that was logged at that step. Trackers run through trans
 from __future__ import annotations
 
 import atexit
-import json
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -23,10 +21,10 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from chatalign.errors import DependencyError
+from chatalign.metrics_file import METRICS_FILE, encode_line, read_metrics
 from chatalign.recipe import EvalRecipe, StageRecipe
 from chatalign.runs import Run, is_main_process
 
-METRICS_FILE = "metrics.jsonl"
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
 # What a stage is watched by: the first of these that is logged is shown beside the bar, after the loss.
 KEY_METRICS: dict[str, tuple[str, ...]] = {
@@ -137,7 +135,7 @@ class MetricsFile(TrainerCallback):
         kept = [line for line in read_metrics(self.path) if 0 < state.global_step >= line["step"]]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        aside.write_text("".join(map(_encode, kept)), "utf-8")
+        aside.write_text("".join(map(encode_line, kept)), "utf-8")
         os.replace(aside, self.path)
         spent = max((line.get("time_s") or 0.0 for line in kept), default=0.0)
         self._started = time.perf_counter() - spent
@@ -158,7 +156,7 @@ class MetricsFile(TrainerCallback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         elapsed = round(time.perf_counter() - self._started, 3)
-        self._file.write(_encode({"step": state.global_step, "epoch": state.epoch, "time_s": elapsed, **logs}))
+        self._file.write(encode_line({"step": state.global_step, "epoch": state.epoch, "time_s": elapsed, **logs}))
         self._file.flush()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -169,36 +167,6 @@ class MetricsFile(TrainerCallback):
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """A metrics file's whole lines in order, without a killed run's torn last one; none where there is no file."""
-    lines: list[dict[str, Any]] = []
-    try:
-        text = Path(path).read_text("utf-8", errors="replace")
-    except FileNotFoundError:
-        return lines
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # torn by a kill: the step is trained, and logged, again
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            lines.append(values)
-    return lines
-
-
-def _encode(values: Mapping[str, Any]) -> str:
-    return json.dumps({key: _plain(value) for key, value in values.items()}, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value: tensors and NumPy scalars as numbers, what isn't finite as null (JSON has no NaN)."""
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, int | str | bool | list | dict | None) else str(value)
 
 
 class ProgressBar(TrainerCallback):

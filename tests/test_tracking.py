@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from chatalign import tracking
 from chatalign.errors import DependencyError
+from chatalign.metrics_file import read_metrics
 from chatalign.recipe import validate_stage
 from chatalign.runs import Run
 
@@ -75,11 +76,11 @@ def test_a_resume_drops_what_lies_beyond_its_step(tmp_path: Path) -> None:
     callback = tracking.MetricsFile(path)
     callback.on_train_begin(None, state_at(10), None)  # type: ignore[arg-type]
     callback.on_log(None, state_at(15), None, logs={"loss": 0.5})  # type: ignore[arg-type]
-    lines = tracking.read_metrics(path)
+    lines = read_metrics(path)
     assert [(line["step"], line["loss"]) for line in lines] == [(5, 1.0), (10, 1.0), (15, 0.5)]
     assert lines[-1]["time_s"] >= 100.0
     callback.on_train_begin(None, state_at(0), None)  # type: ignore[arg-type]
-    assert tracking.read_metrics(path) == []
+    assert read_metrics(path) == []
 
 
 def test_each_line_is_on_disk_at_once_and_is_json(tmp_path: Path) -> None:

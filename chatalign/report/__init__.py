@@ -1,0 +1,7 @@
+"""What a run or a pipeline has to say for itself: report.md, report.html, plots, and tables for the terminal."""
+
+from chatalign.report.pipeline_report import write_pipeline_report
+from chatalign.report.run_report import write_run_report
+from chatalign.report.terminal import print_pipeline_summary
+
+__all__ = ["print_pipeline_summary", "write_pipeline_report", "write_run_report"]

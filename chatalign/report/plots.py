@@ -1,0 +1,183 @@
+"""Plots from metrics.jsonl and eval.json, as PNG bytes; matplotlib without its global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from chatalign.errors import DependencyError
+
+Lines = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
+Curves = Mapping[str, tuple[list[float], list[float]]]  # metric → steps, values
+NO_MATPLOTLIB = 'no plots: matplotlib isn\'t installed; pip install "chatalign[report]" and run the report again'
+
+
+class Panel(NamedTuple):
+    """One plot of a run report: name (the file's too), axis, and the metrics that it draws where they were logged."""
+
+    name: str
+    label: str
+    keys: tuple[str, ...]
+
+
+PANELS: tuple[Panel, ...] = (
+    Panel("loss", "loss", ("loss", "loss/total", "loss/policy_avg", "loss/value_avg")),
+    Panel("score", "reward-model score", ("objective/scores", "objective/score", "objective/rlhf_reward", "score")),
+    Panel("rewards", "reward", ("rewards/chosen", "rewards/rejected", "chosen_rewards", "rejected_rewards")),
+    Panel("margins", "reward margin", ("rewards/margins", "margin")),
+    Panel("accuracy", "share", ("rewards/accuracies", "accuracy", "mean_token_accuracy", "token_accuracy")),
+    Panel("kl", "nats a reply", ("objective/kl", "kl", "objective/kl_k3")),
+    Panel("approx_kl", "nats", ("policy/approxkl", "policy/approxkl_avg")),
+    Panel(
+        "clipping", "share clipped", ("policy/clipfrac", "policy/clipfrac_avg", "value/clipfrac", "val/clipfrac_avg")
+    ),
+    Panel("value", "explained variance", ("value/explained_variance", "val/explained_variance")),
+    Panel("entropy", "nats a token", ("objective/entropy", "policy/entropy", "entropy")),
+    Panel("length", "tokens a reply", ("response/length", "objective/length", "response_length")),
+    Panel("ended", "share of replies", ("response/eos_rate", "eos_rate", "objective/eos_rate")),
+    Panel("grad_norm", "gradient norm", ("grad_norm",)),
+    Panel("learning_rate", "learning rate", ("learning_rate", "lr")),
+    Panel("speed", "tokens a second", ("tokens_per_s", "train_tokens_per_second")),
+)
+_COLOURS = ("#2f6fde", "#d9622b", "#2a9d6f", "#9b59b6", "#c2a000", "#6b7280")
+_CJK_FONTS = (
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "SimHei",
+)
+
+
+def run_plots(lines: Lines) -> dict[str, bytes]:
+    """Name → PNG of every panel that the metrics of one run fill with at least two points. Raises DependencyError."""
+    pictures = {}
+    for panel in PANELS:
+        curves = curves_of(lines, panel.keys)
+        if curves:
+            pictures[panel.name] = _curves_png([(panel.name.replace("_", " "), panel.label, curves)], dark=False)
+    return pictures
+
+
+def curves_of(lines: Lines, keys: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
+    """Metric → (steps, values) for each of `keys`, and its ``eval_`` twin, that has at least two finite points."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for key in [twin for name in keys for twin in (name, f"eval_{name}")]:
+        points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+        if len(points) >= 2:
+            curves[key] = ([float(step) for step, _ in points], [float(value) for _, value in points])
+    return curves
+
+
+def stage_curves(stages: Mapping[str, Lines], keys: Sequence[str], label: str, *, dark: bool) -> bytes | None:
+    """One panel a stage side by side, each on its own scale; None where no stage logged any of `keys`."""
+    panels = [(name, label, curves) for name, lines in stages.items() if (curves := curves_of(lines, keys))]
+    return _curves_png(panels, dark=dark) if panels else None
+
+
+def win_rates(models: Mapping[str, Mapping[str, Any]], baseline: str, *, dark: bool) -> bytes | None:
+    """A dot with its confidence interval for each model that has a win rate; None where none has."""
+    rows = [(name, row) for name, row in models.items() if _number(row, "win_rate")]
+    if not rows:
+        return None
+    with _look(dark=dark):
+        figure, (axes,) = _figure(1, height=0.9 + 0.45 * len(rows), width=6.4)
+        for place, (_, row) in enumerate(reversed(rows)):
+            rate = row["win_rate"]
+            low, high = row.get("win_rate_ci") or (rate, rate)
+            colour = _COLOURS[(len(rows) - 1 - place) % len(_COLOURS)]
+            axes.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="round")
+            axes.plot([rate], [place], "o", color=colour, markersize=8)
+            axes.annotate(f"{rate:.3f}", (rate, place), (0, 8), textcoords="offset points", ha="center")
+        axes.axvline(0.5, linestyle="--", linewidth=1, color="#888888")
+        axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+        axes.set_ylim(-0.6, len(rows) - 0.3)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel(f"win rate against {baseline} (ties ½, 95 % interval)")
+        return _png(figure)
+
+
+def reward_against_kl(models: Mapping[str, Mapping[str, Any]], baseline: str, *, dark: bool) -> bytes | None:
+    """Gold reward (or the RM's score) over the distance from the baseline; None without two such models."""
+    key = next((key for key in ("gold_mean", "rm_score") if any(_number(row, key) for row in models.values())), None)
+    points = {name: row for name, row in models.items() if key and _number(row, key) and _number(row, "kl")}
+    if key is None or len(points) < 2:
+        return None
+    with _look(dark=dark):
+        figure, (axes,) = _figure(1, height=3.0, width=6.4)
+        for place, (name, row) in enumerate(points.items()):
+            axes.plot([row["kl"]], [row[key]], "o", color=_COLOURS[place % len(_COLOURS)], markersize=8)
+            axes.annotate(name, (row["kl"], row[key]), (8, 5), textcoords="offset points")
+        axes.margins(0.15)
+        axes.set_xlabel(f"KL from {baseline}, nats a reply")
+        axes.set_ylabel("mean gold reward" if key == "gold_mean" else "mean RM score")
+        return _png(figure)
+
+
+def _number(row: Mapping[str, Any], key: str) -> bool:
+    return isinstance(row.get(key), int | float)
+
+
+def _curves_png(panels: Sequence[tuple[str, str, Curves]], *, dark: bool) -> bytes:
+    width = 6.4 if len(panels) == 1 else 3.4 * len(panels)
+    with _look(dark=dark):
+        figure, all_axes = _figure(len(panels), height=2.9, width=width)
+        for axes, (title, label, curves) in zip(all_axes, panels, strict=True):
+            for place, (key, (steps, values)) in enumerate(curves.items()):
+                marker = "o" if len(steps) <= 30 else None
+                style = "--" if key.startswith("eval_") else "-"
+                colour = _COLOURS[place % len(_COLOURS)]
+                axes.plot(steps, values, style, marker=marker, markersize=3, linewidth=1.6, color=colour, label=key)
+            axes.set_title(title)
+            axes.set_xlabel("step")
+            axes.set_ylabel(label)
+            if len(curves) > 1 or next(iter(curves)) != title:
+                axes.legend(frameon=False, fontsize=8)
+        return _png(figure)
+
+
+@contextmanager
+def _look(*, dark: bool) -> Iterator[None]:
+    """The reports' look, for everything drawn inside; raises DependencyError without matplotlib."""
+    try:
+        from matplotlib import font_manager, rc_context
+    except ImportError:
+        raise DependencyError(NO_MATPLOTLIB) from None
+    ink, paper, grid = ("#e6e6e6", "#1b1e24", "#3a3f4a") if dark else ("#22262e", "#ffffff", "#e3e6eb")
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    look: dict[Any, Any] = {
+        # A stage or model may be named in Chinese; only fonts that are there, or each glyph warns.
+        "font.family": ["DejaVu Sans", *(font for font in _CJK_FONTS if font in installed)],
+        "font.size": 9,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": grid,
+        "axes.facecolor": paper,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": grid,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "figure.facecolor": paper,
+    }
+    with rc_context(look):
+        yield
+
+
+def _figure(columns: int, *, height: float, width: float) -> tuple[Any, list[Any]]:
+    """A figure of `columns` plots side by side, in inches; no pyplot, so nothing is kept or needs a display."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})  # the same numbers give the same bytes
+    return file.getvalue()
