@@ -43,7 +43,8 @@ def call(*arguments: str) -> tuple[int, str]:
 def test_help_names_every_command() -> None:
     code, text = call("--help")
     assert code == 0
-    for command in "pretrain sft reward dpo ppo kto eval run check inspect chat report merge push schema env".split():
+    stages = ["pretrain", "sft", "reward", "dpo", "ppo", "kto", "eval"]
+    for command in [*stages, "run", "check", "inspect", "chat", "report", "merge", "push", "schema", "env"]:
         assert f"  {command} " in text
 
 
@@ -54,7 +55,8 @@ def test_stays_light(arguments: list[str], place: Path) -> None:
     (place / "bad.yaml").write_text(yaml.safe_dump(RECIPE | {"trian": {}}))
     code = (
         f"import sys, atexit; sys.argv[1:] = {arguments!r}\n"
-        "atexit.register(lambda: print('HEAVY', [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules]))\n"
+        "heavy = lambda: [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules]\n"
+        "atexit.register(lambda: print('HEAVY', heavy()))\n"
         "from chatalign.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
