@@ -59,6 +59,9 @@ def check_isolation(model: nn.Module) -> None:
             together = _hidden(base, _flat_batch(ids))
             moved = _hidden(base, _flat_batch(_change_first_and_chosen(ids, base)))
             alone = _run_alone(base, ids)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{type(base).__name__} can't run a packed row ({reason}); {_REMEDY}") from error
     finally:
         model.train(training)
     scale = float(together.float().std())

@@ -1,0 +1,132 @@
+"""What all stages do the same way: arguments from the recipe, training from the last checkpoint, the artifact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainingArguments
+
+from chatalign import checkpoint
+from chatalign.artifact import Artifact, BaseModelRef, DataUsed, Kind, fingerprint, hash_files, sha256_file
+from chatalign.engine.defaults import learning_rate
+from chatalign.models.adapters import save_model
+from chatalign.recipe import StageRecipe
+from chatalign.runs import Run
+from chatalign.tracking import report_to
+
+# Read by the stage or the trainer base, not by TrainingArguments.
+_NOT_PASSED = {"learning_rate", "save_total_limit"}
+
+
+class SavesModel(Protocol):
+    """What `finish` needs of a trainer: ours, or one of TRL's."""
+
+    model: Any
+    model_wrapped: Any
+    accelerator: Any
+    args: TrainingArguments
+    state: Any
+
+
+def argument_values(recipe: StageRecipe, run: Run, *, is_adapter: bool) -> dict[str, Any]:
+    """The keyword arguments of ``TrainingArguments`` (or a TRL config) for a recipe's run."""
+    given = recipe.train.model_dump(exclude=_NOT_PASSED)
+    given = {name: value for name, value in given.items() if value is not None}
+    return given | {
+        "output_dir": str(run.checkpoints),
+        "learning_rate": learning_rate(recipe, is_adapter=is_adapter),
+        "save_total_limit": None,  # transformers would delete the last good checkpoint before ours is sealed
+        "report_to": report_to(recipe) or "none",
+        "run_name": recipe.run_name or run.folder.name,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # it would hide a loss that is not finite, and sync at each micro-batch
+        "dataloader_pin_memory": torch.cuda.is_available() and not recipe.train.use_cpu,
+        "label_names": [],
+    }
+
+
+def training_arguments(recipe: StageRecipe, run: Run, *, is_adapter: bool) -> TrainingArguments:
+    """``TrainingArguments`` for a recipe's run; the learning rate is the stage's default where none is given."""
+    return TrainingArguments(**argument_values(recipe, run, is_adapter=is_adapter))
+
+
+def train(trainer: Any, run: Run) -> float:
+    """Train, going on from the newest whole checkpoint of this run; returns the seconds that this took.
+
+    Raises CheckpointError, NonFiniteError or Interrupted.
+    """
+    started = time.perf_counter()
+    found = checkpoint.latest_valid(run.checkpoints, run.run_id)
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    return time.perf_counter() - started
+
+
+def finish(
+    *,
+    run: Run,
+    recipe: StageRecipe,
+    trainer: SavesModel,
+    tokenizer: Any,
+    data: list[DataUsed],
+    base_ref: BaseModelRef | None,
+    kind: Kind,
+    metrics: Mapping[str, float],
+    extra: Mapping[str, Any] | None = None,
+    wall_s: float = 0.0,
+) -> Artifact:
+    """Save ``model/`` and, last, ``artifact.json``; every process calls it, the main one writes."""
+    accelerator = trainer.accelerator
+    sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False)
+    state_dict = accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    artifact = Artifact(
+        stage=recipe.stage,
+        kind=kind,
+        run_id=run.run_id,
+        fingerprint=run.fingerprint,
+        base_model=base_ref,
+        chat_template_sha256=fingerprint(tokenizer.chat_template) if tokenizer.chat_template else None,
+        parents=run.parents,
+        recipe=recipe.model_dump(mode="json"),
+        data=data,
+        seeds={"seed": recipe.train.seed, "data_seed": recipe.train.data_seed or recipe.train.seed},
+        metrics={name: float(value) for name, value in metrics.items()},
+        extra=dict(extra or {}),
+        wall_s=wall_s,
+        tokens_seen=int(getattr(trainer.state, "num_input_tokens_seen", 0)),
+        tokens_per_s=float(getattr(trainer, "tokens_per_s", 0.0)),
+    )
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        restore_for_use(model, getattr(trainer, "saved_use_cache", None))
+        save_model(model, tokenizer, run.model_folder, base_ref=base_ref, state_dict=state_dict)
+        tokenizer_file = run.model_folder / "tokenizer.json"
+        artifact = artifact.model_copy(
+            update={
+                "files": hash_files(run.folder),
+                "tokenizer_sha256": sha256_file(tokenizer_file) if tokenizer_file.is_file() else None,
+            }
+        )
+        artifact.save(run.folder)
+    accelerator.wait_for_everyone()
+    return artifact
+
+
+def restore_for_use(model: Any, use_cache: bool | None) -> None:
+    """Undo what training set in the configuration that is saved."""
+    if use_cache is not None:
+        model.config.use_cache = use_cache
+
+
+def last_means(trainer: Any) -> dict[str, float]:
+    """The last logged value of each metric of a run: training means by their name, evaluation ones as eval_NAME."""
+    found: dict[str, float] = {}
+    for logged in trainer.state.log_history:
+        found |= {name: value for name, value in logged.items() if isinstance(value, int | float)}
+    dropped = ("step", "epoch", "learning_rate", "tokens", "tokens_per_s", "total_flos", "eval_runtime")
+    return {
+        name: float(value) for name, value in found.items() if name not in dropped and not name.startswith("train_")
+    }

@@ -1,0 +1,58 @@
+"""Supervised fine-tuning on demonstrations: ``chatalign sft RECIPE`` or ``accelerate launch -m chatalign.sft RECIPE``.
+
+The loss is taken on the assistant's tokens alone, packed rows do not see one another, and the mean is over all
+tokens of an optimizer step (Ouyang et al., 2203.02155, step 1).
+"""
+
+from __future__ import annotations
+
+from chatalign.artifact import Artifact
+from chatalign.data import prepare
+from chatalign.data.collate import collate_lm
+from chatalign.engine.lm_trainer import LmTrainer
+from chatalign.engine.stage import finish, last_means, train, training_arguments
+from chatalign.models.adapters import load_policy
+from chatalign.models.tokenizer import load_tokenizer
+from chatalign.recipe import SftRecipe
+from chatalign.runs import open_run
+
+
+def run(recipe: SftRecipe) -> Artifact:
+    """Fine-tune the recipe's model and save it; raises a ChatalignError where it can't be done."""
+    opened = open_run(recipe)
+    tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
+    prepared = prepare(recipe.data, tokenizer, "conversation", seed=recipe.train.seed)
+    policy = load_policy(recipe, tokenizer)
+    trainer = LmTrainer(
+        recipe=recipe,
+        run=opened,
+        args=training_arguments(recipe, opened, is_adapter=policy.is_adapter),
+        model=policy.model,
+        tokenizer=tokenizer,
+        train_rows=prepared.train,
+        eval_rows=prepared.eval,
+        collate=collate_lm,
+    )
+    wall_s = train(trainer, opened)
+    return finish(
+        run=opened,
+        recipe=recipe,
+        trainer=trainer,
+        tokenizer=tokenizer,
+        data=prepared.used,
+        base_ref=policy.base_ref,
+        kind="adapter" if policy.is_adapter else "model",
+        metrics=last_means(trainer),
+        wall_s=wall_s,
+    )
+
+
+def main() -> None:
+    """``python -m chatalign.sft RECIPE [key=value ...]``."""
+    from chatalign.launch import stage_main
+
+    stage_main("sft", run)
+
+
+if __name__ == "__main__":
+    main()
