@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "chatalign"
 LAYERS = [
     {"errors", "maths", "__init__"},
-    {"recipe", "artifact", "runs"},
+    {"recipe", "artifact", "runs", "metrics_file"},
     {"data", "models", "engine", "rollout", "checkpoint", "tracking"},
     {"sft", "reward", "dpo", "ppo", "pretrain", "kto", "evaluate", "hub", "merge", "report", "chat"},
     {"launch", "check", "preflight", "pipeline", "cli", "__main__"},
