@@ -1,0 +1,265 @@
+"""Conversations to token ids and target marks: the one place where a chat template is applied.
+
+Every stage, the chat window and evaluation come through here, so that training and serving see the same tokens.
+A *target* is a token that the model has to produce: a reply from the end of its generation prompt through its stop
+token. The ids of a whole conversation are those of the template's own tokenization, but where a token would cross
+from the prompt into the reply: there the text is encoded piece by piece, since serving cuts it there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Literal
+
+from chatalign.data.rows import BadRow, Conversation, Message, Messages, Preference, Tools
+from chatalign.data.spans import NotPrefixPreserving, Rendered, SpanFinder
+from chatalign.data.template import ChatTemplate
+from chatalign.data.tokens import TextEncoder, token_span
+from chatalign.errors import TemplateError
+
+Supervise = Literal["assistant", "last_assistant", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids, and for each token 1 where it is a target. `spans` are the targets' (first, last + 1) tokens."""
+
+    ids: list[int]
+    supervised: list[int]
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A preference as ids; both replies end in the template's stop token and are targets throughout."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A rendered conversation that waits for its tokens."""
+
+    rendered: Rendered
+    guarded: bool
+    messages: Messages
+
+
+def render(
+    messages: Messages, tokenizer: Any, *, tools: Tools | None = None, add_generation_prompt: bool = False
+) -> str:
+    """The text that the template makes of `messages`, adapted to what it takes (see ChatTemplate.adapt)."""
+    template = chat_encoder(tokenizer).template
+    messages, tools, _ = template.adapt(messages, tools=tools)
+    return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+
+
+def encode_conversation(
+    messages: Messages,
+    tokenizer: Any,
+    *,
+    tools: Tools | None = None,
+    supervise: Supervise = "assistant",
+    first_supervised: int = 0,
+) -> Encoded:
+    """Ids and target marks of one conversation.
+
+    Messages before `first_supervised` are context. Raises TemplateError where no exact marks exist in one
+    rendering (the template is not prefix-preserving); ``prepare`` makes such rows into one row a reply.
+    """
+    row = Conversation(messages=messages, tools=tools, first_supervised=first_supervised)
+    return chat_encoder(tokenizer).conversation(row, supervise)
+
+
+def encode_prompt(messages: Messages, tokenizer: Any, *, tools: Tools | None = None) -> list[int]:
+    """The ids of `messages` and the generation prompt: what the model is served."""
+    ids = chat_encoder(tokenizer).prompts([(messages, tools)])[0]
+    if isinstance(ids, BadRow):
+        raise ids
+    return ids
+
+
+def template_stop_ids(tokenizer: Any) -> list[int]:
+    """The ids of the tokens that the template ends a reply with (generation must stop at them)."""
+    probe: Messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    return [encode_conversation(probe, tokenizer).ids[-1]]
+
+
+def chat_encoder(tokenizer: Any) -> ChatEncoder:
+    """The encoder of a tokenizer with its present template; kept, since finding out about a template costs time."""
+    template = tokenizer.chat_template
+    if not template:
+        raise TemplateError("the tokenizer has no chat template; give model.chat_template_path")
+    return _encoder(tokenizer, str(template), len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _encoder(tokenizer: Any, template: str, size: int) -> ChatEncoder:
+    return ChatEncoder(tokenizer)
+
+
+class ChatEncoder:
+    """Encodes rows in batches for one tokenizer and its template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
+        self.text = TextEncoder(tokenizer)
+        self.finder = SpanFinder(self.template, self.text)
+
+    def conversation(self, row: Conversation, supervise: Supervise) -> Encoded:
+        """One row in one rendering; raises BadRow or TemplateError."""
+        encoded = self._encode([self._job(row, supervise)], supervise)[0]
+        if isinstance(encoded, BadRow):
+            raise encoded
+        return encoded
+
+    def conversations(self, rows: Sequence[Conversation], supervise: Supervise) -> list[list[Encoded] | BadRow]:
+        """For each row its encodings: one, or one a reply where the template is not prefix-preserving."""
+        jobs: list[_Job] = []
+        slots: list[range | BadRow] = []
+        for row in rows:
+            start = len(jobs)
+            try:
+                jobs += self._jobs(row, supervise)
+                slots.append(range(start, len(jobs)))
+            except BadRow as refused:
+                slots.append(refused)
+        encoded = self._encode(jobs, supervise)
+        made: list[list[Encoded] | BadRow] = []
+        for slot in slots:
+            parts = [slot] if isinstance(slot, BadRow) else [encoded[i] for i in slot]
+            bad = next((part for part in parts if isinstance(part, BadRow)), None)
+            made.append(bad or [part for part in parts if isinstance(part, Encoded)])
+        return made
+
+    def pairs(self, rows: Sequence[Preference]) -> list[EncodedPair | BadRow]:
+        """For each preference its prompt's and both replies' ids; the prompt's are the same on both sides."""
+        sides = [
+            Conversation(messages=[*row.prompt, *reply], first_supervised=len(row.prompt), tools=row.tools)
+            for row in rows
+            for reply in (row.chosen, row.rejected)
+        ]
+        encoded = self.conversations(sides, "last_assistant")
+        pairs: list[EncodedPair | BadRow] = []
+        for chosen, rejected in zip(encoded[::2], encoded[1::2], strict=True):
+            if isinstance(chosen, BadRow) or isinstance(rejected, BadRow):
+                pairs.append(chosen if isinstance(chosen, BadRow) else rejected)  # type: ignore[arg-type]
+                continue
+            (prompt, chosen_ids), (other_prompt, rejected_ids) = _cut(chosen[0]), _cut(rejected[0])
+            if prompt != other_prompt:
+                pairs.append(BadRow("chosen", "tokens cross from the prompt into the reply", "start it without spaces"))
+            else:
+                pairs.append(EncodedPair(prompt, chosen_ids, rejected_ids))
+        return pairs
+
+    def prompts(self, prompts: Sequence[tuple[Messages, Tools | None]]) -> list[list[int] | BadRow]:
+        """The ids of each prompt with its generation prompt."""
+        texts: list[tuple[str, bool] | BadRow] = []
+        for messages, tools in prompts:
+            messages, tools, guarded = self._guarded(*self.template.adapt(messages, tools=tools)[:2])
+            try:
+                texts.append((self.template.render(messages, tools=tools, add_generation_prompt=True), guarded))
+            except TemplateError as error:
+                texts.append(BadRow("prompt", str(error), "or take the row out"))
+        encodings = iter(self._encodings([text for text in texts if not isinstance(text, BadRow)]))
+        return [text if isinstance(text, BadRow) else next(encodings).ids for text in texts]
+
+    def _guarded(self, messages: Messages, tools: Tools | None) -> tuple[Messages, Tools | None, bool]:
+        if not (self.text.has_special(messages) or self.text.has_special(tools)):
+            return messages, tools, False
+        return self.text.guard(messages), self.text.guard(tools), True
+
+    def _job(self, row: Conversation, supervise: Supervise) -> _Job:
+        adapted, tools, first = self.template.adapt(
+            row.messages, tools=row.tools, first_supervised=row.first_supervised
+        )
+        messages, tools, guarded = self._guarded(adapted, tools)
+        turns = _target_turns(messages, first, supervise)
+        if not turns:
+            raise BadRow("messages", "has no assistant turn to learn from", "add the reply")
+        return _Job(self.finder.find(messages, turns, tools), guarded, adapted)
+
+    def _jobs(self, row: Conversation, supervise: Supervise) -> list[_Job]:
+        try:
+            return [self._job(row, supervise)]
+        except NotPrefixPreserving as error:
+            replies = _target_turns(row.messages, row.first_supervised, supervise)
+            if supervise == "all" or len(replies) == 1:
+                raise BadRow("messages", str(error), "or give single-turn rows") from None
+        except TemplateError as error:
+            raise BadRow("messages", str(error), "or take the row out") from None
+        jobs = []
+        for reply in replies:
+            alone = Conversation(messages=row.messages[: reply + 1], tools=row.tools, first_supervised=reply)
+            jobs += self._jobs(alone, "last_assistant")
+        return jobs
+
+    def _encodings(self, texts: Sequence[tuple[str, bool]]) -> list[Any]:
+        """Encodings in order; the guarded texts and the others are each encoded in one batch."""
+        made: list[Any] = [None] * len(texts)
+        for guarded in (False, True):
+            chosen = [i for i, (_, is_guarded) in enumerate(texts) if is_guarded == guarded]
+            if chosen:
+                encodings = self.text.encode([texts[i][0] for i in chosen], guarded=guarded)
+                for i, encoding in zip(chosen, encodings, strict=True):
+                    made[i] = encoding
+        return made
+
+    def _encode(self, jobs: Sequence[_Job], supervise: Supervise) -> list[Encoded | BadRow]:
+        encodings = self._encodings([(job.rendered.text, job.guarded) for job in jobs])
+        return [self._mark(job, encoding, supervise) for job, encoding in zip(jobs, encodings, strict=True)]
+
+    def _mark(self, job: _Job, encoding: Any, supervise: Supervise) -> Encoded | BadRow:
+        rendered, ids = job.rendered, list(encoding.ids)
+        spans: list[tuple[int, int]] = []
+        for start, end in rendered.spans:
+            first, last, crosses = token_span(encoding, start, end)
+            if crosses or self._moves(rendered.text, start, job.guarded):
+                if not self.text.splits_anywhere:
+                    return BadRow("messages", "a token crosses from a prompt into its reply", "start it without spaces")
+                ids, spans = self._by_pieces(job)
+                break
+            spans.append((first, last))
+        if rendered.append_stop:
+            ids.append(self.tokenizer.eos_token_id)
+            spans[-1] = (spans[-1][0], len(ids))
+        supervised = [int(supervise == "all")] * len(ids)
+        for first, last in spans:
+            supervised[first:last] = [1] * (last - first)
+        return Encoded(ids, supervised, tuple(spans))
+
+    def _moves(self, text: str, start: int, guarded: bool) -> bool:
+        """Whether the prompt's last tokens change once the reply stands behind them (only near white space)."""
+        before, after = text[max(start - 24, 0) : start], text[start : start + 8]
+        if not (after[:1].isspace() or (before[-1:].isspace() and before[-2:-1].isspace())):
+            return False
+        alone = self.text.ids(before, guarded=guarded)
+        return self.text.ids(before + after, guarded=guarded)[: len(alone)] != alone
+
+    def _by_pieces(self, job: _Job) -> tuple[list[int], list[tuple[int, int]]]:
+        """The conversation encoded apart at the start of each target, as serving does."""
+        text = job.rendered.text
+        cuts = sorted({0, len(text), *(place for span in job.rendered.spans for place in span)})
+        pieces = [text[a:b] for a, b in pairwise(cuts)]
+        encoded = [encoding.ids for encoding in self.text.encode(pieces, guarded=job.guarded)]
+        at, places = 0, {0: 0}
+        for cut, piece in zip(cuts[1:], encoded, strict=True):
+            at += len(piece)
+            places[cut] = at
+        return [id_ for piece in encoded for id_ in piece], [(places[a], places[b]) for a, b in job.rendered.spans]
+
+
+def _target_turns(messages: Sequence[Message], first_supervised: int, supervise: Supervise) -> tuple[int, ...]:
+    turns = tuple(i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= first_supervised)
+    return turns[-1:] if supervise == "last_assistant" else turns
+
+
+def _cut(encoded: Encoded) -> tuple[list[int], list[int]]:
+    first, last = encoded.spans[-1]
+    return encoded.ids[:first], encoded.ids[first:last]

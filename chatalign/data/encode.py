@@ -1,0 +1,158 @@
+"""Rows of the schema to the columns that trainers read.
+
+conversation, text: ``input_ids``, ``supervised`` (1 where the token is a target)
+preference:         ``prompt_ids``, ``chosen_ids``, ``rejected_ids``
+unpaired:           ``prompt_ids``, ``completion_ids``, ``label``
+prompt:             ``prompt_ids`` (with generation prompt), ``prompt`` (messages as JSON), ``extra`` (JSON)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+
+from chatalign.data.chat import ChatEncoder, Encoded, EncodedPair, chat_encoder
+from chatalign.data.lengths import Dropped, cut_document, fit_conversation, fit_pair, fit_prompt
+from chatalign.data.raw import RawEncoder
+from chatalign.data.rows import BadRow, Conversation, Kind, Preference, Prompt, Row, Text, Unpaired
+from chatalign.errors import TemplateError
+from chatalign.recipe import DataSection
+
+Columns = dict[str, Any]
+_IDS = datasets.List(datasets.Value("int32"))
+FEATURES: dict[Kind, dict[str, Any]] = {
+    "conversation": {"input_ids": _IDS, "supervised": datasets.List(datasets.Value("int8"))},
+    "text": {"input_ids": _IDS, "supervised": datasets.List(datasets.Value("int8"))},
+    "preference": {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS},
+    "unpaired": {"prompt_ids": _IDS, "completion_ids": _IDS, "label": datasets.Value("bool")},
+    "prompt": {"prompt_ids": _IDS, "prompt": datasets.Value("string"), "extra": datasets.Value("string")},
+}
+
+
+class RowEncoder:
+    """Encodes rows of one kind as a recipe's ``data:`` section says."""
+
+    def __init__(self, section: DataSection, tokenizer: Any, kind: Kind, *, eos_for_text: bool = True) -> None:
+        self.section = section
+        self.kind = kind
+        self.raw = RawEncoder(tokenizer, parse_special=not section.apply_chat_template, eos_for_text=eos_for_text)
+        templated = section.apply_chat_template and bool(tokenizer.chat_template) and kind != "text"
+        self.chat: ChatEncoder | None = chat_encoder(tokenizer) if templated else None
+
+    def encode(self, rows: Sequence[Row]) -> list[list[Columns] | BadRow | Dropped]:
+        """For each row its columns (usually one dict), or why it is left out."""
+        if self.kind == "text":
+            return [self._text(ids) for ids in self.raw.documents([row.text for row in rows if isinstance(row, Text)])]
+        if self.kind == "preference":
+            return [self._pair(pair) for pair in self._pairs([row for row in rows if isinstance(row, Preference)])]
+        if self.kind == "prompt":
+            return self._prompts([row for row in rows if isinstance(row, Prompt)])
+        if self.kind == "unpaired":
+            return self._unpaired([row for row in rows if isinstance(row, Unpaired)])
+        return [self._fit(made) for made in self._conversations([row for row in rows if isinstance(row, Conversation)])]
+
+    def dataset(self, rows: Sequence[Columns]) -> datasets.Dataset:
+        """The rows as a Dataset with this kind's columns."""
+        features = FEATURES[self.kind]
+        return datasets.Dataset.from_dict(
+            {name: [row[name] for row in rows] for name in features}, features=datasets.Features(features)
+        )
+
+    def _conversations(self, rows: Sequence[Conversation]) -> list[list[Encoded] | BadRow]:
+        if self.chat is not None:
+            return self.chat.conversations(rows, self.section.supervise)
+        return [bad or [self.raw.conversation(row, self.section.supervise)] for row, bad in self._only_raw(rows)]
+
+    def _pairs(self, rows: Sequence[Preference]) -> list[EncodedPair | BadRow]:
+        if self.chat is not None:
+            return self.chat.pairs(rows)
+        return [bad or self.raw.pair(row) for row, bad in self._only_raw(rows)]
+
+    def _only_raw(self, rows: Sequence[Any]) -> list[tuple[Any, BadRow | None]]:
+        if not self.section.apply_chat_template:
+            bad = BadRow("messages", "turns need a chat template", "set data.apply_chat_template: true")
+            return [(row, None if row.raw else bad) for row in rows]
+        if any(not row.raw for row in rows):
+            raise TemplateError(
+                "the rows hold turns and the tokenizer has no chat template; give model.chat_template_path"
+            )
+        return [(row, None) for row in rows]
+
+    def _fit(self, made: list[Encoded] | BadRow) -> list[Columns] | BadRow | Dropped:
+        if isinstance(made, BadRow):
+            return made
+        kept: list[Columns] = []
+        dropped: Dropped | None = None
+        for one in made:
+            fitted = fit_conversation(one, self.section.max_length, self.section.on_overlong)
+            if isinstance(fitted, Dropped):
+                dropped = fitted
+            else:
+                kept.append({"input_ids": fitted.ids, "supervised": fitted.supervised})
+        if dropped is not None and (not kept or self.section.on_overlong == "error"):
+            return dropped
+        return kept
+
+    def _pair(self, pair: EncodedPair | BadRow) -> list[Columns] | BadRow | Dropped:
+        if isinstance(pair, BadRow):
+            return pair
+        section = self.section
+        fitted = fit_pair(pair, section.max_length, section.max_prompt_length, section.on_overlong)
+        if isinstance(fitted, Dropped):
+            return fitted
+        sides = {"prompt_ids": fitted.prompt_ids, "chosen_ids": fitted.chosen_ids, "rejected_ids": fitted.rejected_ids}
+        return [sides]
+
+    def _unpaired(self, rows: Sequence[Unpaired]) -> list[list[Columns] | BadRow | Dropped]:
+        """As a pair with one side: the other side is empty, so no cut can make them equal."""
+        section = self.section
+        made: list[list[Columns] | BadRow | Dropped] = []
+        conversations = [
+            Conversation(
+                messages=[*row.prompt, *row.completion], first_supervised=len(row.prompt), tools=row.tools, raw=row.raw
+            )
+            for row in rows
+        ]
+        if self.chat is not None:
+            encoded = self.chat.conversations(conversations, "last_assistant")
+        else:
+            encoded = [bad or [self.raw.conversation(row, "assistant")] for row, bad in self._only_raw(conversations)]
+        for row, one in zip(rows, encoded, strict=True):
+            if isinstance(one, BadRow):
+                made.append(one)
+                continue
+            first, last = one[0].spans[-1]
+            pair = EncodedPair(one[0].ids[:first], one[0].ids[first:last], [])
+            fitted = fit_pair(pair, section.max_length, section.max_prompt_length, section.on_overlong)
+            if isinstance(fitted, Dropped):
+                made.append(fitted)
+            else:
+                columns = {"prompt_ids": fitted.prompt_ids, "completion_ids": fitted.chosen_ids, "label": row.label}
+                made.append([columns])
+        return made
+
+    def _prompts(self, rows: Sequence[Prompt]) -> list[list[Columns] | BadRow | Dropped]:
+        limit = self.section.max_prompt_length or self.section.max_length
+        made: list[list[Columns] | BadRow | Dropped] = []
+        if self.chat is not None:
+            encoded = self.chat.prompts([(row.prompt, row.tools) for row in rows])
+        else:
+            encoded = [bad or self.raw.prompt(row.prompt[0]["content"]) for row, bad in self._only_raw(rows)]
+        for row, ids in zip(rows, encoded, strict=True):
+            fitted = ids if isinstance(ids, BadRow) else fit_prompt(ids, limit, self.section.on_overlong)
+            if isinstance(fitted, BadRow | Dropped):
+                made.append(fitted)
+                continue
+            prompt = json.dumps(row.prompt, ensure_ascii=False)
+            extra = json.dumps(row.extra, ensure_ascii=False, default=str)
+            made.append([{"prompt_ids": fitted, "prompt": prompt, "extra": extra}])
+        return made
+
+    def _text(self, ids: list[int]) -> list[Columns] | Dropped:
+        pieces = cut_document(ids, self.section.max_length)
+        if not pieces:
+            return Dropped("a document of one token")
+        return [{"input_ids": piece, "supervised": [1] * len(piece)} for piece in pieces]

@@ -1,0 +1,151 @@
+"""Which characters of a rendered conversation an assistant has to produce: each reply with its stop token.
+
+Exact for any template, by rendering: the reply to ``messages[:i]`` starts where the generation prompt of those
+messages ends (so training sees what serving shows) and ends with the stop token that the template puts after turn i.
+No ``{% generation %}`` markers are needed. Both renderings must be beginnings of the whole text; where one is not,
+the template is not prefix-preserving and :class:`NotPrefixPreserving` is raised.
+
+Rendering a conversation once a turn is slow, so the spans of each *shape* (the sequence of roles) are found once, on
+short made-up contents, and kept as the template's literal text around slots. A row whose rendering equals the
+literals with its contents in the slots takes its spans from there; any other row is rendered turn by turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chatalign.data.rows import Messages, Tools
+from chatalign.data.template import ChatTemplate
+from chatalign.data.tokens import TextEncoder
+from chatalign.errors import TemplateError
+
+
+class NotPrefixPreserving(TemplateError):
+    """The template renders earlier turns in another way once later turns are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A rendered conversation and its target spans (character start, end). `append_stop`: EOS goes after the text."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    append_stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A rendering with slots: literals[0] slot literals[1] slot …; spans as (literal, offset in it) on both ends."""
+
+    literals: tuple[str, ...]
+    spans: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    append_stop: bool
+
+
+class SpanFinder:
+    """Finds target spans for one template."""
+
+    def __init__(self, template: ChatTemplate, encoder: TextEncoder) -> None:
+        self.template = template
+        self.encoder = encoder
+        self._shapes: dict[tuple[tuple[str, ...], tuple[int, ...]], _Shape | None] = {}
+
+    def find(self, messages: Messages, turns: tuple[int, ...], tools: Tools | None = None) -> Rendered:
+        """The rendering of `messages` with the spans of the assistant turns at the indices `turns`."""
+        if tools is None and all(len(message) == 2 for message in messages):
+            key = (tuple(message["role"] for message in messages), turns)
+            if key not in self._shapes:
+                self._shapes[key] = self._learn(messages, turns)
+            shape = self._shapes[key]
+            if shape is not None and (rendered := self._fill(shape, messages)) is not None:
+                return rendered
+        return self.find_by_rendering(messages, turns, tools)
+
+    def find_by_rendering(self, messages: Messages, turns: tuple[int, ...], tools: Tools | None = None) -> Rendered:
+        """As `find`, turn by turn. Raises NotPrefixPreserving or TemplateError."""
+        text = self.template.render(messages, tools=tools)
+        spans = []
+        append_stop = False
+        for turn in turns:
+            prompt = self.template.render(messages[:turn], tools=tools, add_generation_prompt=True)
+            if not text.startswith(prompt):
+                raise NotPrefixPreserving(
+                    f"the chat template's generation prompt for turn {turn} is no beginning of the rendered "
+                    "conversation, so a reply's start is unknown; give a template in which it is"
+                )
+            last = turn == len(messages) - 1
+            upto = text if last else self.template.render(messages[: turn + 1], tools=tools)
+            if not text.startswith(upto):
+                raise NotPrefixPreserving(
+                    f"the chat template renders turn {turn} in another way once later turns are there; "
+                    "set data.supervise: last_assistant, or give a prefix-preserving template"
+                )
+            end, has_stop = self._stop(text, len(prompt), len(upto))
+            if not has_stop and not last:
+                raise TemplateError(
+                    "the chat template puts no stop token after an assistant turn; "
+                    "add {{ eos_token }} after its content"
+                )
+            append_stop = append_stop or not has_stop
+            spans.append((len(prompt), end))
+        return Rendered(text[: spans[-1][1]] if append_stop else text, tuple(spans), append_stop)
+
+    def _stop(self, text: str, start: int, end: int) -> tuple[int, bool]:
+        """Where the turn's target ends, and whether a stop token is there.
+
+        The stop token is the first of the special tokens that the turn ends in; without any, the special token that
+        follows it (GLM ends a turn by the next role's token).
+        """
+        turn = text[start:end].rstrip()
+        stop_at = None
+        while stop := next((token for token in self.encoder.special_ids if turn.endswith(token)), None):
+            turn = turn[: -len(stop)]
+            stop_at = start + len(turn) + len(stop)
+            if turn != turn.rstrip():
+                break
+        if stop_at is not None:
+            return stop_at, True
+        follower = next((token for token in self.encoder.special_ids if text.startswith(token, end)), None)
+        return (end + len(follower), True) if follower else (start + len(turn), False)
+
+    def _learn(self, messages: Messages, turns: tuple[int, ...]) -> _Shape | None:
+        slots = [f"Slot{i}Zq7" for i in range(len(messages))]
+        made = [{"role": message["role"], "content": slot} for message, slot in zip(messages, slots, strict=True)]
+        try:
+            rendered = self.find_by_rendering(made, turns)
+        except TemplateError:
+            return None
+        literals, ends, at = [], [], 0
+        for slot in slots:
+            place = rendered.text.find(slot, at)
+            if place < 0 or rendered.text.count(slot) != 1:
+                return None
+            literals.append(rendered.text[at:place])
+            at = place + len(slot)
+            ends.append(at)
+        literals.append(rendered.text[at:])
+        starts = [0, *ends]
+        spans = []
+        for turn, (start, end) in zip(turns, rendered.spans, strict=True):
+            if not (starts[turn] <= start <= starts[turn] + len(literals[turn]) and end >= ends[turn]):
+                return None
+            spans.append(((turn, start - starts[turn]), (turn + 1, end - ends[turn])))
+        return _Shape(tuple(literals), tuple(spans), rendered.append_stop)
+
+    def _fill(self, shape: _Shape, messages: Messages) -> Rendered | None:
+        """The row's rendering if it is the shape with the row's contents, as they are or stripped; else None."""
+        text = self.template.render(messages)
+        contents = [message["content"] for message in messages]
+        for candidate in (contents, [content.strip() for content in contents]):
+            pieces = [shape.literals[0]]
+            starts = [0]
+            at = len(shape.literals[0])
+            for content, literal in zip(candidate, shape.literals[1:], strict=True):
+                pieces += (content, literal)
+                starts.append(at + len(content))
+                at = starts[-1] + len(literal)
+            filled = "".join(pieces)
+            if filled == text or (shape.append_stop and text.startswith(filled) and not text[len(filled) :].strip()):
+                spans = tuple((starts[a] + b, starts[c] + d) for (a, b), (c, d) in shape.spans)
+                return Rendered(filled, spans, shape.append_stop)
+        return None
