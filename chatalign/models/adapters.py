@@ -279,6 +279,8 @@ def _save_adapter(
     config.inference_mode = True
     if config.modules_to_save:  # peft appends its classifier names again at every load
         config.modules_to_save = sorted(set(config.modules_to_save) & _saved_modules(saved)) or None
+    if not isinstance(config.target_modules, str):  # peft keeps a set, whose order changes from process to process
+        config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
     if base_ref is None:
         base = config.base_model_name_or_path

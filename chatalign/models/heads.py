@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chatalign.artifact import BaseModelRef
+from chatalign.engine.attention import ATTENTION, segment_inputs
+from chatalign.engine.isolation import unwrapped
 from chatalign.errors import ModelError
 from chatalign.models.adapters import (
     DEFAULT,
@@ -26,7 +27,7 @@ from chatalign.models.adapters import (
     refuse_other_lora,
 )
 from chatalign.models.load import base_ref_of, disable_dropout, fit_tokenizer, load_base
-from chatalign.models.resolve import Resolved, resolve
+from chatalign.models.resolve import Resolved, local_folder, resolve
 from chatalign.recipe import ModelSection, QuantizationSection, RewardRecipe
 
 SCORE = "score"
@@ -140,7 +141,8 @@ def _saved_score(resolved: Resolved) -> Tensor | None:
         return next((t for name, t in read_adapter(resolved.adapter).items() if _is_score(name)), None)
     from safetensors import safe_open
 
-    for path in sorted(Path(resolved.base).glob("*.safetensors")):
+    folder = local_folder(resolved.base, resolved.revision)
+    for path in sorted(folder.glob("*.safetensors")) if folder else []:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open's handle is no mapping
                 if _is_score(name):
@@ -177,14 +179,16 @@ def _reward_adapter(model: Any, resolved: Resolved, base_ref: BaseModelRef, *, l
 def scores_at(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Scores [P], float32, at ``pool_positions`` [P] of a flat batch (``input_ids`` [1, T], ``segments`` …).
 
-    `model` may be wrapped (DDP, FSDP, peft): the forward that runs is the wrapper's.
+    `model` may be wrapped (DDP, FSDP, peft): the forward that runs is the wrapper's. It must run the segment
+    attention (:func:`chatalign.engine.isolation.enable_segments`), else ModelError: replies would see each other.
     """
+    if unwrapped(model).config._attn_implementation != ATTENTION:
+        raise ModelError("the reward model doesn't run the segment attention; call enable_segments(model) first")
     captured: list[Tensor] = []
     head = active_head(model)
     handle = head.register_forward_hook(lambda _module, _inputs, output: captured.append(output))
     try:
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids", "segments") if key in batch}
-        output = model(**inputs, use_cache=False)
+        output = model(**segment_inputs(dict(batch)))
     finally:
         handle.remove()
     per_place_T = captured[-1][0, :, 0]

@@ -8,6 +8,7 @@ frozen base under an adapter may be stored in bfloat16.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,9 @@ def load_base(
             f"{resolved.base}: {len(names)} weights are missing or misshapen, such as {names[0]}; "
             f"they would be random; fetch the model again"
         )
+    for module in model.modules():  # bitsandbytes repacks 4-bit weights in place at the first eval pass on a CPU,
+        if getattr(module, "support_avx512bf16_for_cpu", False):  # so that train and eval would compute differently
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -161,7 +165,8 @@ def base_ref_of(resolved: Resolved) -> BaseModelRef:
             f"{resolved.adapter}: trained on a base with sha256 {expected[:12]}…, but {resolved.base} has "
             f"{found[:12]}…; give it its own base back"
         )
-    return BaseModelRef(name_or_path=resolved.base, revision=resolved.revision, sha256=found)
+    revision = None if Path(resolved.base).is_dir() else resolved.revision
+    return BaseModelRef(name_or_path=resolved.base, revision=revision, sha256=found)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -134,23 +134,23 @@ def base_sha256(base: str, revision: str = "main") -> str | None:
     The Hub's cache names large files by their sha256, so that nothing is read there. None where no safetensors
     file is found.
     """
-    if Path(base).is_dir():
-        return sha256_weights(base)
-    snapshot = _cached_snapshot(base, revision)
-    files = sorted(snapshot.glob("*.safetensors")) if snapshot else []
-    if not files:
-        return None
+    folder = local_folder(base, revision)
+    if folder is None or folder == Path(base):
+        return sha256_weights(base) if folder else None
     hashes = {}
-    for path in files:
+    for path in sorted(folder.glob("*.safetensors")):
         blob = path.resolve().name
         hashes[path.name] = blob if len(blob) == 64 else sha256_file(path)
-    return fingerprint(hashes)
+    return fingerprint(hashes) if hashes else None
 
 
-def _cached_snapshot(repo: str, revision: str) -> Path | None:
+def local_folder(name: str, revision: str = "main") -> Path | None:
+    """Where a model's files are: the folder itself, or the Hub's cached copy of it; None where it isn't cached."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if Path(name).is_dir():
+        return Path(name)
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(config).parent if isinstance(config, str) else None
 
 
