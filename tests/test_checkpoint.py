@@ -1,0 +1,100 @@
+"""Checkpoints: whole ones are found, damaged ones are passed over and named, another run's are refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from chatalign.checkpoint import MANIFEST, latest_valid, list_checkpoints, prune, read_manifest, verify, write_manifest
+from chatalign.errors import CheckpointError
+
+
+def make(folder: Path, step: int, run_id: str = "mine", *, sealed: bool = True) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    (checkpoint / "inner").mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(bytes(100) + step.to_bytes(2, "big"))
+    (checkpoint / "inner" / "optimizer.pt").write_bytes(b"state")
+    if sealed:
+        write_manifest(checkpoint, run_id, {"tokens_seen": step})
+    return checkpoint
+
+
+def test_newest_by_step_not_by_name_or_time(tmp_path: Path) -> None:
+    newest = make(tmp_path, 100)
+    make(tmp_path, 20)
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-300").write_text("a file")
+    assert latest_valid(tmp_path, "mine") == newest
+    assert read_manifest(newest)["extra"] == {"tokens_seen": 100}
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
+
+
+@pytest.mark.parametrize("fault", ["bit", "deleted", "no manifest", "half a manifest", "emptied"])
+def test_damaged_one_is_named_and_the_one_before_taken(
+    fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, newest = make(tmp_path, 1), make(tmp_path, 2)
+    weights = newest / "model.safetensors"
+    if fault == "bit":
+        content = bytearray(weights.read_bytes())
+        content[50] ^= 1
+        weights.write_bytes(content)
+    elif fault == "deleted":
+        (newest / "inner" / "optimizer.pt").unlink()
+    elif fault == "emptied":
+        weights.write_bytes(b"")
+    elif fault == "no manifest":
+        (newest / MANIFEST).unlink()
+    else:
+        text = (newest / MANIFEST).read_text()
+        (newest / MANIFEST).write_text(text[: len(text) // 2])
+    with caplog.at_level(logging.WARNING, logger="chatalign"):
+        assert latest_valid(tmp_path, "mine") == before
+    assert str(newest) in caplog.text
+    with pytest.raises(CheckpointError):
+        verify(newest, "mine")
+
+
+def test_none_is_none(tmp_path: Path) -> None:
+    assert latest_valid(tmp_path / "nothing", "mine") is None
+    make(tmp_path, 1, sealed=False)
+    assert latest_valid(tmp_path, "mine") is None
+
+
+def test_other_runs_checkpoint_is_refused_not_skipped(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    make(tmp_path, 2, run_id="theirs")
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: belongs to run theirs"):
+        latest_valid(tmp_path, "mine")
+
+
+def test_manifest_names_every_file_but_itself(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 1)
+    write_manifest(checkpoint, "mine")  # sealed again: the manifest is not its own content
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    assert sorted(manifest["files"]) == ["inner/optimizer.pt", "model.safetensors"]
+    verify(checkpoint, "mine")
+
+
+def test_prune_keeps_the_newest_whole_ones(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 5):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-5" / "model.safetensors").write_bytes(b"")
+    make(tmp_path, 4, sealed=False)
+    removed = prune(tmp_path, keep=2, run_id="mine")
+    assert [path.name for path in removed] == ["checkpoint-1"]
+    assert latest_valid(tmp_path, "mine") == tmp_path / "checkpoint-3"
+
+
+def test_prune_never_leaves_a_run_without_a_whole_checkpoint(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    for step in (2, 3, 4):
+        make(tmp_path, step, sealed=False)
+    assert prune(tmp_path, keep=1, run_id="mine") == []
+    assert latest_valid(tmp_path, "mine") == tmp_path / "checkpoint-1"
+    make(tmp_path, 5)
+    assert len(prune(tmp_path, keep=1, run_id="mine")) == 4
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-5"]
