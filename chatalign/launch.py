@@ -5,9 +5,11 @@ Exit status: 0 done (or already finished), 2 refused or failed with one line, 13
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +29,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    for name in ("transformers", "peft", "torch"):  # deprecations are for us to follow, not for the user to read
+        warnings.filterwarnings("ignore", category=FutureWarning, module=name)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it regrets a kernel at each import
 
 
 def stage_main(stage: str, run: RunFunction, argv: Sequence[str] | None = None) -> None:
