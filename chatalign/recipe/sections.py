@@ -237,6 +237,7 @@ class PpoSection(Section):
     rollout_batch_size: Count = 64
     num_ppo_epochs: Count = 4
     num_mini_batches: Count = 1
+    local_rollout_forward_batch_size: Count = 64  # replies that a process draws and scores at once, without gradients
     response_length: Count = 64
     min_response_length: Annotated[int, Field(ge=0)] = 0
     temperature: Positive = 1.0
@@ -260,7 +261,7 @@ class PpoSection(Section):
     missing_eos_penalty: NonNegative | None = 1.0
     reward_clip: Positive | None = None
     normalize_reward: bool = True
-    value: Literal["shared", "separate"] = "shared"
+    value: Literal["shared", "separate"] = "separate"  # shared: a head on the policy's own hidden states
     value_init: Literal["reward", "policy"] = "reward"
     value_learning_rate: Positive | None = None
     value_warmup_rollouts: Annotated[int, Field(ge=0)] = 0
