@@ -185,6 +185,7 @@ class HubSection(Section):
     push: bool = False
     repo: str | None = None
     private: bool = True
+    license: str | None = None  # the model card's, such as apache-2.0
 
     @model_validator(mode="after")
     def _repo_where_pushed(self) -> HubSection:
