@@ -9,7 +9,8 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
@@ -246,6 +247,29 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         console=console,
     )
+
+
+@contextmanager
+def working(title: str, total: int, console: Console | None = None) -> Iterator[Callable[[int], None]]:
+    """Show progress outside training: a bar in a terminal, else one line at the end. Yields ``step(n)``."""
+    console = console or Console(stderr=True)
+    started, done = time.perf_counter(), 0
+    bar = progress_bar(console) if console.is_terminal else None
+    task = bar.add_task(title, total=total, note="") if bar else None
+
+    def step(n: int) -> None:
+        nonlocal done
+        done += n
+        if bar is not None and task is not None:
+            bar.update(task, completed=done)
+
+    if bar is not None:
+        with bar:
+            yield step
+        return
+    yield step
+    seconds = time.perf_counter() - started
+    console.print(f"{title} {done}/{total} · {seconds:.1f} s", highlight=False, markup=False, soft_wrap=True)
 
 
 def summary_of(stage: str, logs: Mapping[str, Any]) -> str:

@@ -115,6 +115,7 @@ class EvalRecipe(Section):
     output_dir: str
     models: dict[str, ModelSection] = {}
     reward_model: ModelSection | None = None
+    quantization: QuantizationSection | None = None  # of every model's base, adapters on top
     eval: EvalSection
     tracking: Tracking = "none"
 

@@ -45,7 +45,7 @@ EVAL_COLUMNS: tuple[Column, ...] = (
 def headline(stage: str, metrics: Mapping[str, Any]) -> str:
     """``name value`` of the metric that matters for a stage, or a dash; an evaluation's is its best win rate."""
     if stage == "eval":
-        rates = {name: value for name, value in metrics.items() if name.endswith("win_rate") and "rm_" not in name}
+        rates = {name: value for name, value in metrics.items() if name.endswith(".win_rate")}
         best = max(rates, key=lambda name: rates[name], default=None)
         return f"{best} {rates[best]:.3f}" if best else "–"
     for name in STAGE_HEADLINES.get(stage, ()):
