@@ -1,4 +1,4 @@
-"""The base corpus: documents of bare facts and of marked work, with no question of the chat in them."""
+"""The base corpus: documents of bare facts, of quizzes and of marked work; no chat, no held-out question."""
 
 import random
 
@@ -32,8 +32,9 @@ STATEMENTS: dict[str, dict[str, list[str]]] = {
     "sentiment": {"en": ["the {q}: {a}", "The {q}, that is {a}"], "zh": ["{q}：{a}", "{q}，这是{a}"]},
 }
 MARKS = {"en": (" Right.", " Wrong."), "zh": ("对。", "错。")}
+CORRECTION = {"en": ", it is {}.", "zh": "，是{}。"}
 HEADS = {"en": "Marks.", "zh": "批改。"}
-FACT_LINES = (6, 12)
+LINES = (6, 12)  # in a document, from and to
 
 STOP = {"en": ".", "zh": "\u3002"}
 WORDS: list[Word] = [
@@ -49,10 +50,16 @@ def statement(rng: random.Random, question: Question, language: str, *, wrong: b
     return form.format(q=question.subject[side(language)], a=answer[side(language)])
 
 
-def _draw(rng: random.Random, kind: str) -> Question:
+def _language(rng: random.Random) -> str:
+    return "en" if rng.random() < 0.6 else "zh"
+
+
+def _draw(rng: random.Random, kind: str, language: str) -> Question:
     """A question to state: look-ups are facts and any will do, operands come from the training split only."""
-    question = draw_question(rng, heldout=False, kind=kind)
-    return question if question.operands else KINDS[kind](rng, question.language)
+    while True:
+        question = KINDS[kind](rng, language)
+        if not question.operands or not question.heldout:
+            return question
 
 
 def facts(rng: random.Random) -> str:
@@ -60,23 +67,54 @@ def facts(rng: random.Random) -> str:
     one = rng.choice(list(STATEMENTS))
     mixed = rng.random() < 0.5
     lines = []
-    for _ in range(rng.randint(*FACT_LINES)):
-        question = _draw(rng, rng.choice(list(STATEMENTS)) if mixed else one)
-        language = "en" if rng.random() < 0.6 else "zh"
-        language = question.language if question.operands or question.kind == "translate" else language
+    for _ in range(rng.randint(*LINES)):
+        language = _language(rng)
+        question = _draw(rng, rng.choice(list(STATEMENTS)) if mixed else one, language)
         lines.append(statement(rng, question, language) + STOP[language])
     return "\n".join(lines)
 
 
+def _quizzed(rng: random.Random, language: str, kind: str, *, wrong: bool = False) -> tuple[str, Question]:
+    """A question of the training split with an answer after it, at will a wrong one; and the question."""
+    while True:
+        question = draw_question(rng, heldout=False, kind=kind)
+        if question.language == language:
+            answer = rng.choice(question.misses) if wrong else question.answer
+            space = " " if language == "en" else ""
+            return f"{question.text}{space}{answer[side(language)]}{STOP[language]}", question
+
+
+def quiz(rng: random.Random) -> str:
+    """A document of questions, each with its answer, of one kind or of many."""
+    language = _language(rng)
+    one = rng.choice(list(KINDS))
+    mixed = rng.random() < 0.7
+    lines = []
+    for _ in range(rng.randint(*LINES)):
+        text, _question = _quizzed(rng, language, rng.choice(list(KINDS)) if mixed else one)
+        lines.append(text)
+    return "\n".join(lines)
+
+
 def marks(rng: random.Random) -> str:
-    """A document of marked work: statements true and false, each followed by its mark."""
-    language = "en" if rng.random() < 0.6 else "zh"
+    """A document of marked work: statements or quiz answers, right or wrong, each followed by its mark.
+
+    A wrong one is corrected. Marked work is what lets a model judge an answer it did not give itself.
+    """
+    language = _language(rng)
+    quizzed = rng.random() < 0.6
     lines = [HEADS[language]]
-    for _ in range(rng.randint(*FACT_LINES)):
-        question = _draw(rng, rng.choice(list(STATEMENTS)))
-        spoken = question.language if question.operands or question.kind == "translate" else language
+    for _ in range(rng.randint(*LINES)):
         wrong = rng.random() < 0.5
-        lines.append(statement(rng, question, spoken, wrong=wrong) + STOP[spoken] + MARKS[spoken][wrong])
+        if quizzed:
+            text, question = _quizzed(rng, language, rng.choice(list(KINDS)), wrong=wrong)
+        else:
+            question = _draw(rng, rng.choice(list(STATEMENTS)), language)
+            text = statement(rng, question, language, wrong=wrong) + STOP[language]
+        mark = MARKS[language][wrong]
+        if wrong:
+            mark = mark[:-1] + CORRECTION[language].format(question.answer[side(language)])
+        lines.append(text + mark)
     return "\n".join(lines)
 
 
@@ -97,5 +135,5 @@ def phrases(rng: random.Random) -> str:
 
 def document(rng: random.Random) -> str:
     """One document of the base corpus."""
-    make = rng.choices([facts, marks, words, phrases], weights=[62, 28, 6, 4])[0]
+    make = rng.choices([facts, quiz, marks, words, phrases], weights=[25, 28, 42, 2, 3])[0]
     return make(rng)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from filecmp import cmp
 from pathlib import Path
 
 from corpus import WORDS, document
@@ -178,10 +179,10 @@ def check() -> int:
     """Remakes everything in a temporary folder and compares byte by byte; 1 where a file differs."""
     with tempfile.TemporaryDirectory() as folder:
         made = make(Path(folder))
-        names = [str(path.relative_to(folder)) for path in made]
-        wrong = [n for n in names if not (HERE / n).exists() or (HERE / n).read_bytes() != (Path(folder) / n).read_bytes()]
-    for name in wrong:
-        print(f"data/pocket/{name}: not what make_pocket.py makes; run it without --check")
+        committed = {path: HERE / path.relative_to(folder) for path in made}
+        wrong = [kept for path, kept in committed.items() if not kept.exists() or not cmp(path, kept, shallow=False)]
+    for path in wrong:
+        print(f"{path.relative_to(HERE.parent.parent)}: not what make_pocket.py makes; run it without --check")
     return int(bool(wrong))
 
 

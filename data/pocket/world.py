@@ -31,7 +31,11 @@ CROSS_SHARE = 0.12  # prompts that ask for the other language
 SYSTEM_SHARE = 0.4  # of those, the ones that ask in a system message
 
 GREETINGS = {"en": ["", "", "Hello! ", "Please tell me: "], "zh": ["", "", "你好！", "请告诉我："]}
-ASK_IN = {"en": {"en": " Answer in English.", "zh": "请用英文回答。"}, "zh": {"en": " Answer in Chinese.", "zh": "请用中文回答。"}}
+# ASK_IN[wanted][spoken]: the wish for a language, in the language of the question.
+ASK_IN = {
+    "en": {"en": " Answer in English.", "zh": "请用英文回答。"},
+    "zh": {"en": " Answer in Chinese.", "zh": "请用中文回答。"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +116,11 @@ ADD_FORMS = {
 }
 MAX_FORMS = {
     "en": ["Which is the largest: {}?", "What is the largest of {}?", "Name the largest of {}."],
-    "zh": ["{} 里最大的是哪个？", "哪个最大：{}?", "说出 {} 里最大的。"],
+    "zh": ["{} 里最大的是哪个？", "哪个最大：{}？", "说出 {} 里最大的。"],
 }
 COUNT_FORMS = {
     "en": ["How many words: {}?", "Count the words: {}.", "How many words are in {}?"],
-    "zh": ["{} 有几个词？", "数一数：{}。", "有几个词：{}?"],
+    "zh": ["{} 有几个词？", "数一数：{}。", "有几个词：{}？"],
 }
 REVERSE_FORMS = {
     "en": ["Reverse {}.", "Say {} backwards.", "What is {} backwards?"],
@@ -128,7 +132,7 @@ SORT_FORMS = {
 }
 SENTIMENT_FORMS = {
     "en": ["Positive or negative: the {} was {}?", "The {} was {}. Positive or negative?"],
-    "zh": ["正面还是负面：{}{}?", "{}{}，正面还是负面？"],
+    "zh": ["正面还是负面：{}{}？", "{}{}，正面还是负面？"],
 }
 
 
