@@ -93,7 +93,7 @@ class BinSampler(Sampler[list[int]]):
             yield mine or [-order[start] - 1]
 
 
-class BinLoader(DataLoader[Batch]):
+class BinLoader(DataLoader[Item]):
     """A DataLoader whose epoch the trainer can set."""
 
     def set_epoch(self, epoch: int) -> None:

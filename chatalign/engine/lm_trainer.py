@@ -23,7 +23,9 @@ class LmTrainer(StageTrainer):
     items: ClassVar[Items] = "tokens"
     packed: ClassVar[bool] = True
 
-    def objective(self, model: nn.Module, batch: Batch, num_items: float | Tensor) -> tuple[Tensor, Metrics]:
+    def objective(  # type: ignore[override]
+        self, model: nn.Module, batch: Batch, num_items: float | Tensor
+    ) -> tuple[Tensor, Metrics]:
         """The summed negative log-likelihood over the step's number of targets."""
         logps_K, _ = token_logprobs(model, batch)
         return -logps_K.sum() / num_items, {}

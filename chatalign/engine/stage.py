@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +35,8 @@ class SavesModel(Protocol):
 def argument_values(recipe: StageRecipe, run: Run, *, is_adapter: bool) -> dict[str, Any]:
     """The keyword arguments of ``TrainingArguments`` (or a TRL config) for a recipe's run."""
     given = recipe.train.model_dump(exclude=_NOT_PASSED)
-    given = {name: value for name, value in given.items() if value is not None}
+    # False too: transformers warns of an old name at whatever value it is given.
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     return given | {
         "output_dir": str(run.checkpoints),
         "learning_rate": learning_rate(recipe, is_adapter=is_adapter),
@@ -88,7 +90,6 @@ def finish(
         run_id=run.run_id,
         fingerprint=run.fingerprint,
         base_model=base_ref,
-        chat_template_sha256=fingerprint(tokenizer.chat_template) if tokenizer.chat_template else None,
         parents=run.parents,
         recipe=recipe.model_dump(mode="json"),
         data=data,
@@ -103,16 +104,21 @@ def finish(
         model = accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         restore_for_use(model, getattr(trainer, "saved_use_cache", None))
         save_model(model, tokenizer, run.model_folder, base_ref=base_ref, state_dict=state_dict)
-        tokenizer_file = run.model_folder / "tokenizer.json"
-        artifact = artifact.model_copy(
-            update={
-                "files": hash_files(run.folder),
-                "tokenizer_sha256": sha256_file(tokenizer_file) if tokenizer_file.is_file() else None,
-            }
-        )
+        hashes = text_hashes(tokenizer, run.model_folder)
+        artifact = artifact.model_copy(update={"files": hash_files(run.folder), **hashes})
         artifact.save(run.folder)
     accelerator.wait_for_everyone()
     return artifact
+
+
+def text_hashes(tokenizer: Any, folder: Path) -> dict[str, str | None]:
+    """The artifact's hashes of a saved tokenizer and of its chat template."""
+    file = folder / "tokenizer.json"
+    template = tokenizer.chat_template
+    return {
+        "tokenizer_sha256": sha256_file(file) if file.is_file() else None,
+        "chat_template_sha256": fingerprint(template) if template else None,
+    }
 
 
 def restore_for_use(model: Any, use_cache: bool | None) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from chatalign import checkpoint, tracking
 from chatalign.engine.batching import (
@@ -69,6 +70,7 @@ class StageTrainer(Trainer):
         self.saved_use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off for training
         enable_segments(model)
         enable_chunked_head(model)
+        self.model: nn.Module
         capacity = recipe.data.max_length if self.packed and recipe.data.packing else None
         eval_bins = None if eval_rows is None else make_bins(eval_rows, row_lengths(eval_rows), capacity)
         super().__init__(
@@ -93,7 +95,9 @@ class StageTrainer(Trainer):
 
     # What a stage overrides
 
-    def objective(self, model: nn.Module, batch: Batch, num_items: float | Tensor) -> tuple[Tensor, Metrics]:
+    def objective(  # type: ignore[override]  # transformers' attribute of this name serves hyperparameter search alone
+        self, model: nn.Module, batch: Batch, num_items: float | Tensor
+    ) -> tuple[Tensor, Metrics]:
         """This micro-batch's share of the optimizer step's loss, and what was measured on the way.
 
         `num_items` are the tokens or pairs of the whole step, over micro-batches and processes: a loss summed over
@@ -149,7 +153,7 @@ class StageTrainer(Trainer):
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         return to_device(inputs, self.args.device)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> float | Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int | Tensor:
         count = sum(self.count_items(batch) for batch in batch_samples if not batch.get("filler"))
         if self.args.world_size == 1:
             return max(count, 1)
@@ -187,7 +191,7 @@ class StageTrainer(Trainer):
         return norm
 
     def _watch(self, value: Tensor, name: str) -> None:
-        """Stop on a value that is not finite: at once on a CPU, elsewhere at the next log or save (no sync till then)."""
+        """Stop on a value that is not finite: at once on a CPU, elsewhere without a sync, at the next log or save."""
         if value.device.type == "cpu":
             if not math.isfinite(value.item()):
                 self._refuse(self.state.global_step + 1, name)
@@ -208,7 +212,7 @@ class StageTrainer(Trainer):
     def floating_point_ops(self, inputs: Batch) -> int:
         """6 × parameters × tokens; the count of parameters is kept, transformers walks the modules at each step."""
         if not hasattr(self, "_parameters"):
-            self._parameters = sum(p.numel() for p in self.model.parameters())
+            self._parameters = sum(int(p.numel()) for p in self.model.parameters())
         return 6 * self._parameters * inputs["input_ids"].numel()
 
     # Logs
@@ -269,7 +273,9 @@ class StageTrainer(Trainer):
 
     # Checkpoints
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]  # without hyperparameter search
+        self, resume_from_checkpoint: str | None = None
+    ) -> TrainOutput:
         """Train to the end, or raise Interrupted after a signal, with a checkpoint saved."""
         if resume_from_checkpoint is not None:
             extra = checkpoint.read_manifest(resume_from_checkpoint)["extra"]
@@ -277,7 +283,7 @@ class StageTrainer(Trainer):
             self.load_stage_state(extra["stage"])
         self.stopwatch.start()
         with self.stop:
-            output = super().train(resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint)
         self.stopwatch.stop()
         self._raise_if_bad()
         if self.stop.received is not None and self.state.global_step < self.state.max_steps:
@@ -287,7 +293,7 @@ class StageTrainer(Trainer):
             )
         return output
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # its arguments differ between versions
         # A checkpoint of the last step inside an epoch: transformers would train one step more before it looks.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -301,18 +307,18 @@ class StageTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                folder = self.run.checkpoints / f"checkpoint-{self.state.global_step}"
                 extra = {"tokens": tokens, "stage": self.stage_state()}
                 checkpoint.write_manifest(folder, self.run.run_id, extra)
                 if (keep := self.recipe.train.save_total_limit) is not None:
-                    checkpoint.prune(self.args.output_dir, keep=keep, run_id=self.run.run_id)
+                    checkpoint.prune(self.run.checkpoints, keep=keep, run_id=self.run.run_id)
             self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:  # gathered from shards
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            save_trainable(self.model, Path(output_dir or self.args.output_dir))
+            save_trainable(self.model, Path(output_dir or self.run.checkpoints))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is not None:  # sharded, and wrapped already

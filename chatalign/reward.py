@@ -1,0 +1,59 @@
+"""Reward modelling from preference pairs: ``chatalign reward RECIPE`` or ``accelerate launch -m chatalign.reward``.
+
+The mean and deviation of the finished model's scores on training pairs are stored with it, so that PPO can bring
+rewards to one scale (Ouyang et al., 2203.02155, step 2; Huang et al., 2403.17031).
+"""
+
+from __future__ import annotations
+
+from chatalign.artifact import Artifact
+from chatalign.data import prepare
+from chatalign.data.collate import collate_pairs
+from chatalign.engine.reward_trainer import RewardTrainer
+from chatalign.engine.stage import finish, last_means, train, training_arguments
+from chatalign.models.heads import new_reward_model
+from chatalign.models.tokenizer import load_tokenizer
+from chatalign.recipe import RewardRecipe
+from chatalign.runs import open_run
+
+
+def run(recipe: RewardRecipe) -> Artifact:
+    """Train the recipe's reward model and save it; raises a ChatalignError where it can't be done."""
+    opened = open_run(recipe)
+    tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
+    prepared = prepare(recipe.data, tokenizer, "preference", seed=recipe.train.seed)
+    scorer = new_reward_model(recipe, tokenizer)
+    trainer = RewardTrainer(
+        recipe=recipe,
+        run=opened,
+        args=training_arguments(recipe, opened, is_adapter=scorer.is_adapter),
+        model=scorer.model,
+        tokenizer=tokenizer,
+        train_rows=prepared.train,
+        eval_rows=prepared.eval,
+        collate=collate_pairs,
+    )
+    wall_s = train(trainer, opened)
+    return finish(
+        run=opened,
+        recipe=recipe,
+        trainer=trainer,
+        tokenizer=tokenizer,
+        data=prepared.used,
+        base_ref=scorer.base_ref,
+        kind="reward_adapter" if scorer.is_adapter else "reward_model",
+        metrics=last_means(trainer),
+        extra=trainer.store_normaliser() if recipe.reward.normalize else {},
+        wall_s=wall_s,
+    )
+
+
+def main() -> None:
+    """``python -m chatalign.reward RECIPE [key=value ...]``."""
+    from chatalign.launch import stage_main
+
+    stage_main("reward", run)
+
+
+if __name__ == "__main__":
+    main()
