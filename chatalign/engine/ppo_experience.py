@@ -92,10 +92,6 @@ class Experience:
             chosen[name] = torch.cat([pieces[row] for row in rows])
         return chosen
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, for a checkpoint."""
-        return dict(vars(self))
-
 
 def make_experience(episodes: Episodes, section: PpoSection, *, kl_coef: float) -> Experience:
     """Rewards, advantages and returns of a whole rollout (PPO.md's steps 3, 5 and 6).
@@ -166,6 +162,22 @@ def rollout_metrics(
     for name, term_B in episodes.score_terms.items():
         metrics[f"reward/{name}"] = float(term_B.mean())
     return metrics
+
+
+def evaluation_metrics(episodes: Episodes, section: PpoSection, *, kl_coef: float) -> dict[str, Tensor]:
+    """What is reported of replies that nothing is trained on: one observation a reply (B,) each."""
+    mask_BT = torch.arange(int(episodes.lengths.max())) < episodes.lengths[:, None]
+    logps_BT, ref_logps_BT = unflatten(episodes.logps, mask_BT), unflatten(episodes.ref_logps, mask_BT)
+    kl_B = torch.where(mask_BT, k1(logps_BT, ref_logps_BT), 0.0).sum(1)
+    score_B = final_scores(episodes, section)
+    observed = {
+        "objective/kl": kl_B,
+        "objective/score": score_B,
+        "objective/rlhf_reward": score_B - kl_coef * kl_B,
+        "reply/length": episodes.lengths.float(),
+        "reply/eos_rate": episodes.ended.float(),
+    }
+    return observed | {f"reward/{name}": term_B for name, term_B in episodes.score_terms.items()}
 
 
 def unflatten(values_K: Tensor, mask_BT: Tensor) -> Tensor:

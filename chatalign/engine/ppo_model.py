@@ -72,6 +72,27 @@ class PpoModel(nn.Module):
         self.detach_value = False  # value warm-up on a shared trunk trains the head alone
 
     @property
+    def config(self) -> Any:
+        """The policy's configuration; the trainer reads and sets it."""
+        return self.policy.config
+
+    def get_base_model(self) -> Any:
+        """The policy's transformers model, as a peft model gives it."""
+        return unwrapped(self.policy)
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Trainable weights of the value function alone."""
+        own = {id(parameter) for parameter in self.value_head.parameters()}
+        if self.value_trunk is not None:
+            own |= {id(parameter) for parameter in self.value_trunk.parameters()}
+        return [
+            parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+            and (id(parameter) in own or (self.value_adapter is not None and f".{self.value_adapter}." in name))
+        ]
+
+    @property
     def shares_trunk(self) -> bool:
         """Whether the value head reads the policy's own hidden states."""
         return self.value_trunk is None and self.value_adapter is None
@@ -138,14 +159,28 @@ class PpoModel(nn.Module):
                 module.training = mode
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """As `PreTrainedModel`'s, for both trunks, and safe where adapters take turns on one."""
-        settings = dict(gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}
+        settings = dict(activation_checkpointing_kwargs or {}) | {"use_reentrant": False}
         if self.value_trunk is not None:
             self.value_trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         if self.value_adapter is not None:
             settings["context_fn"] = self._recompute_contexts
         self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The same under its name in transformers before 5.20."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         # The backward pass comes when another adapter may be active: the recomputation needs the one of its forward.

@@ -66,6 +66,12 @@ class Rewards:
             raise ValueError("PPO needs at least one reward")
         self.terms = list(terms)
 
+    def to(self, device: torch.device) -> None:
+        """Move what reward models there are."""
+        for term in self.terms:
+            if isinstance(term.scorer, ModelScorer):
+                term.scorer.to(device)
+
     def __call__(self, replies: Replies) -> tuple[Tensor, dict[str, Tensor]]:
         """Total (B,), and each term by name as its source gave it (B,), unweighted and unnormalised.
 
@@ -118,6 +124,12 @@ class ModelScorer:
                 rows = order[start : start + self.batch_size]
                 scores[rows] = self._score([sequences[row] for row in rows])
         return scores
+
+    def to(self, device: torch.device) -> None:
+        """Move the head, and the model where it isn't the policy's own or placed already (a quantized one)."""
+        self.head.to(device)
+        if self.adapter is None and not getattr(self.model, "is_quantized", False):
+            self.model.to(device)
 
     def _sequences(self, replies: Replies) -> list[list[int]]:
         if self.retokenize is None:

@@ -1,0 +1,132 @@
+"""One rollout of one process: replies are drawn, scored, and measured under policy, reference and value function.
+
+Shapes: B replies, K response tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chatalign.data.collate import collate_sequences
+from chatalign.engine.batching import to_device
+from chatalign.engine.loss_head import token_logprobs
+from chatalign.engine.ppo_experience import Episodes
+from chatalign.engine.ppo_model import PpoModel
+from chatalign.engine.ppo_rewards import Replies, Rewards
+from chatalign.models.reference import Reference
+from chatalign.rollout import RolloutEngine, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """A process's episodes, with what the clock and the two log-probabilities say of how they were made."""
+
+    episodes: Episodes
+    rollout_s: float
+    score_s: float
+    logprob_gap: float | None  # mean |trainer − sampler| in nats, where both were computed
+
+
+class Collector:
+    """Draws and measures replies with the weights as they are.
+
+    `own_logps` says that the policy's log-probabilities are computed anew rather than taken from the sampler: at
+    low precision the two differ, and the ratio must start at 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PpoModel,
+        reference: Reference,
+        rewards: Rewards,
+        engine: RolloutEngine,
+        tokenizer: Any,
+        batch_size: int,
+        own_logps: bool,
+    ) -> None:
+        self.model = model
+        self.reference = reference
+        self.rewards = rewards
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.own_logps = own_logps
+        # The trainer puts its own in place: replies are drawn at the precision that they are trained at.
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def collect(self, rows: Sequence[dict[str, Any]], sampling: Sampling, row_seeds: Sequence[int]) -> Collected:
+        """Episodes for prompt rows (``prompt_ids``, and ``prompt`` and ``extra`` as JSON), all tensors on the CPU."""
+        prompt_ids = [list(row["prompt_ids"]) for row in rows]
+        with self.autocast():
+            started = time.perf_counter()
+            rollout = self.engine.generate(prompt_ids, sampling, row_seeds=row_seeds)
+            drawn = time.perf_counter()
+            replies = self.read(rows, rollout.response_ids)
+            scores, terms = self.rewards(replies)
+            sampled = torch.tensor([logp for row in rollout.logprobs for logp in row])
+            ref_logps, own_logps, values, bootstrap = self._measure(prompt_ids, rollout.response_ids)
+            scored = time.perf_counter()
+        episodes = Episodes(
+            prompt_ids=prompt_ids,
+            response_ids=rollout.response_ids,
+            ended=torch.tensor(rollout.ended),
+            logps=sampled if own_logps is None else own_logps,
+            ref_logps=ref_logps,
+            values=values,
+            bootstrap=bootstrap,
+            scores=scores,
+            score_terms=terms,
+        )
+        gap = None if own_logps is None else float((own_logps - sampled).abs().mean())
+        return Collected(episodes=episodes, rollout_s=drawn - started, score_s=scored - drawn, logprob_gap=gap)
+
+    def read(self, rows: Sequence[dict[str, Any]], response_ids: list[list[int]]) -> Replies:
+        """Replies with their texts, for the rewards."""
+        return Replies(
+            prompt_ids=[list(row["prompt_ids"]) for row in rows],
+            response_ids=response_ids,
+            prompts=[json.loads(row["prompt"]) for row in rows],
+            texts=self.tokenizer.batch_decode(response_ids, skip_special_tokens=True),
+            extras=[json.loads(row["extra"]) for row in rows],
+        )
+
+    def _measure(
+        self, prompt_ids: list[list[int]], response_ids: list[list[int]]
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Reference log-probabilities, the policy's or None, values (K,), values after the last token (B,)."""
+        device = self.model.value_head.weight.device
+        # Sorted by length: equal lengths run as one attention call. Undone by `_in_order`.
+        order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]) + len(response_ids[row]))
+        chunks = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        batches = [
+            to_device(collate_sequences([prompt_ids[row] for row in rows], [response_ids[row] for row in rows]), device)
+            for rows in chunks
+        ]
+        with self.reference.use() as reference, torch.no_grad():
+            ref_logps = [token_logprobs(reference, b, temperature=self.model.temperature)[0].cpu() for b in batches]
+        measured = [self.model.measure(batch, logps=self.own_logps) for batch in batches]
+        lengths = [len(response_ids[row]) for row in order]
+        logps = [own.cpu() for own, _, _ in measured if own is not None]
+        bootstrap = torch.empty(len(order))
+        bootstrap[order] = torch.cat([last.cpu() for _, _, last in measured])
+        return (
+            _in_order(ref_logps, order, lengths),
+            _in_order(logps, order, lengths) if logps else None,
+            _in_order([values.cpu() for _, values, _ in measured], order, lengths),
+            bootstrap,
+        )
+
+
+def _in_order(parts: list[Tensor], order: list[int], lengths: list[int]) -> Tensor:
+    """(K,) values whose rows came in `order`, with these lengths, put back in the rows' own order."""
+    pieces = dict(zip(order, torch.split(torch.cat(parts), lengths), strict=True))
+    return torch.cat([pieces[row] for row in range(len(order))])

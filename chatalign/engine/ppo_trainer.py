@@ -1,0 +1,364 @@
+"""PPO as a StageTrainer: rollouts feed the trainer's batches, an optimizer step is a minibatch, each one counted.
+
+The order of things is docs/ppo.md's: prompts → replies → scores → advantages → epochs × minibatches of clipped
+updates. The trainer pulls micro-batches from `batches`, which draws a new rollout whenever the last one is used up,
+always after the optimizer step before it, so that replies come from the weights that they are credited to.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from chatalign.data.collate import collate_lm, collate_sequences
+from chatalign.engine.batching import Batch, to_device
+from chatalign.engine.metrics import MetricSums
+from chatalign.engine.ppo_collect import Collected, Collector
+from chatalign.engine.ppo_experience import Episodes, Experience, evaluation_metrics, make_experience
+from chatalign.engine.ppo_model import PpoModel, PpoOutput, allow_all_tokens
+from chatalign.engine.ppo_schedule import Position, Schedule
+from chatalign.engine.ppo_state import load_experience, save_experience
+from chatalign.engine.trainer import Items, Metrics, StageTrainer
+from chatalign.errors import ModelError, NonFiniteError
+from chatalign.maths import AdaptiveKLController, FixedKLController, entropy_bonus, policy_loss, value_loss
+from chatalign.recipe import PpoRecipe, PpoSection
+from chatalign.rollout import Sampling
+from chatalign.runs import Run
+
+# Mean |trainer − sampler| in nats a token at full precision, above which the two can't be one distribution.
+_LARGEST_GAP = 0.02
+# Far from any training seed, so that evaluation draws are the same all through a run and no training draw's.
+_EVALUATION_SEEDS = 2**40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Play:
+    """What PPO needs beyond the trainer's own parts."""
+
+    collector: Collector
+    sampling: Sampling
+    schedule: Schedule
+    ptx_rows: Any | None = None
+
+
+class RolloutLoader:
+    """What the trainer iterates over; without a length, since the replies do not exist yet."""
+
+    def __init__(self, trainer: PpoTrainer) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.trainer.batches()
+
+
+class PpoTrainer(StageTrainer):
+    """Schulman et al. (1707.06347) on rewards with a KL penalty a token (2203.02155), details as in 2403.17031."""
+
+    items: ClassVar[Items] = "tokens"
+    model: PpoModel
+
+    def __init__(
+        self,
+        *,
+        play: Play,
+        recipe: PpoRecipe,
+        run: Run,
+        args: TrainingArguments,
+        model: PpoModel,
+        tokenizer: Any,
+        train_rows: Any,
+        eval_rows: Any | None,
+    ) -> None:
+        super().__init__(
+            recipe=recipe,
+            run=run,
+            args=args,
+            model=model,
+            tokenizer=tokenizer,
+            train_rows=train_rows,
+            eval_rows=eval_rows,
+            collate=collate_lm,
+        )
+        self.play = play
+        play.collector.rewards.to(args.device)
+        play.collector.autocast = self.accelerator.autocast
+        self.section: PpoSection = recipe.ppo
+        self.prompt_rows: Any = train_rows
+        self.eval_prompt_rows: Any = eval_rows
+        self.kl_controller = _controller(recipe.ppo)
+        self.position = Position()
+        self.experience: Experience | None = None
+        self.skipped = 0  # optimizer steps that `target_kl` cut
+        self._step_kl = torch.zeros(2, dtype=torch.float64)
+        self._update_started = 0.0
+        self.add_callback(_AfterStep(self))
+
+    # Batches
+
+    def get_train_dataloader(self) -> Any:
+        """Micro-batches of replies, drawn as they are needed."""
+        return RolloutLoader(self)
+
+    def batches(self) -> Iterator[Batch]:
+        """Micro-batches of this process, from the present position to the run's end."""
+        schedule = self.play.schedule
+        while self.position.rollout < schedule.rollouts:
+            position = self.position
+            if self.experience is None:
+                self.experience = self._new_experience(position.rollout)
+            rows = schedule.minibatch_rows(position)
+            ptx = self._ptx_batches(position)
+            for own_rows in schedule.own_micro_batches(rows):
+                yield self._batch(self.experience, own_rows, fresh=position.epoch == position.minibatch == 0) | next(
+                    ptx
+                )
+            if self.position == position:
+                # Each minibatch is an optimizer step; the removed trainer's weren't (TRL #5645).
+                raise RuntimeError(f"{position} was used up before its optimizer step")
+
+    def _new_experience(self, rollout: int) -> Experience:
+        schedule = self.play.schedule
+        rows = [self.prompt_rows[row] for row in schedule.own(schedule.prompt_rows(rollout))]
+        collected = self.play.collector.collect(rows, self.play.sampling, schedule.own(schedule.episodes(rollout)))
+        parts = gather_object([collected]) if self.args.world_size > 1 else [collected]
+        coef = self.kl_controller.coef
+        experience = make_experience(Episodes.join([part.episodes for part in parts]), self.section, kl_coef=coef)
+        if not bool(experience.advantages.isfinite().all() and experience.returns.isfinite().all()):
+            raise NonFiniteError(
+                f"rollout {rollout}: an advantage is not finite; lower `train.learning_rate`, or look at the rewards"
+            )
+        self.kl_controller.update(experience.metrics["objective/kl"], len(experience))
+        metrics = experience.metrics | _speeds(parts) | {"episodes": float(schedule.episodes(rollout).stop)}
+        # A number that doesn't exist (no variance to explain) is left out of the log.
+        kept = {name: torch.tensor(value) for name, value in metrics.items() if math.isfinite(value)}
+        self.metric_sums.add({name: value.to(self.args.device) for name, value in kept.items()})
+        self._update_started = time.perf_counter()
+        return experience
+
+    def _batch(self, experience: Experience, rows: list[int], *, fresh: bool) -> Batch:
+        chosen = experience.select(rows)
+        batch: Batch = dict(collate_sequences(chosen.pop("prompt_ids"), chosen.pop("response_ids")))
+        return batch | chosen | {"fresh": fresh}
+
+    def _ptx_batches(self, position: Position) -> Iterator[Batch]:
+        """For each micro-batch its pretraining rows, or nothing; ``ptx_items`` counts the whole step's targets."""
+        schedule, rows = self.play.schedule, self.play.ptx_rows
+        if rows is None:
+            while True:
+                yield {}
+        chosen = schedule.ptx_rows(position, available=len(rows))
+        items = sum(sum(rows[row]["supervised"][1:]) for row in chosen)
+        for own_rows in schedule.own_micro_batches(chosen):
+            yield {"ptx": collate_lm([rows[row] for row in own_rows]), "ptx_items": max(items, 1)}
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        nested = {"ptx": to_device(inputs["ptx"], self.args.device)} if "ptx" in inputs else {}
+        return super()._prepare_inputs(inputs) | nested
+
+    # A step
+
+    def objective(  # type: ignore[override]
+        self, model: nn.Module, batch: Batch, num_items: float | Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """Clipped policy loss + vf_coef · clipped value loss − entropy_coef · entropy + ptx_coef · LM loss."""
+        section, warming = self.section, self.position.rollout < self.section.value_warmup_rollouts
+        self.model.detach_value = warming
+        ptx = batch.get("ptx")
+        out: PpoOutput = model(batch, ptx)
+        mask = torch.ones_like(out.logps, dtype=torch.bool)
+        policy = policy_loss(
+            logps_BT=out.logps,
+            old_logps_BT=batch["old_logps"],
+            advantages_BT=batch["advantages"],
+            mask_BT=mask,
+            clip_range=section.cliprange,
+            normaliser=num_items,
+        )
+        value = value_loss(
+            values_BT=out.values,
+            old_values_BT=batch["old_values"],
+            returns_BT=batch["returns"],
+            mask_BT=mask,
+            clip_range=section.cliprange_value,
+            normaliser=num_items,
+        )
+        policy_side = policy.loss
+        if section.entropy_coef > 0:
+            policy_side = policy_side + entropy_bonus(
+                out.entropy, mask, coef=section.entropy_coef, normaliser=num_items
+            )
+        if out.ptx_logps is not None:
+            policy_side = policy_side - section.ptx_coef * out.ptx_logps.sum() / batch["ptx_items"]
+        loss = (0.0 if warming else 1.0) * policy_side + section.vf_coef * value.loss
+        count = len(out.logps)
+        log_ratio = out.logps.detach() - batch["old_logps"]
+        metrics = {
+            "policy/approxkl": policy.approxkl.expand(count),
+            "policy/clipfrac": policy.clipfrac.expand(count),
+            "policy/ratio_mean": log_ratio.exp(),
+            "policy/ratio_square": (2 * log_ratio).exp(),
+            "policy/entropy": out.entropy,
+            "loss/policy": _each_item(policy.loss, num_items, count),
+            "loss/value": _each_item(value.loss, num_items, count),
+            "value/clipfrac": value.clipfrac.expand(count),
+        }
+        if ptx is not None and out.ptx_logps is not None:
+            metrics["loss/ptx"] = -out.ptx_logps
+        if batch["fresh"] and not self.play.collector.own_logps:
+            # Before any update of this rollout: trainer against sampler, with no extra pass.
+            metrics["sampler/logprob_gap"] = log_ratio.abs()
+        self._note_step(policy.approxkl, log_ratio, batch["fresh"])
+        return loss, metrics
+
+    def _note_step(self, approxkl: Tensor, log_ratio: Tensor, fresh: bool) -> None:
+        if self.section.target_kl is not None:
+            count = len(log_ratio)
+            self._step_kl += torch.tensor([float(approxkl) * count, count], dtype=torch.float64)
+        if fresh and self.position.rollout == 0 and not self.play.collector.own_logps:
+            gap = float(log_ratio.abs().mean())
+            if gap > _LARGEST_GAP:
+                raise ModelError(
+                    f"sampler and trainer differ by {gap:.3f} nats a token before any update; the model computes "
+                    f"something else with a cache than without, and PPO's ratio would be wrong: use another model"
+                )
+
+    def after_step(self) -> bool:
+        """Move on to the next minibatch, or the next rollout where `target_kl` is passed; True at the run's end."""
+        schedule, stop = self.play.schedule, False
+        if self.section.target_kl is not None:
+            total, count = self._reduce(self._step_kl.to(self.args.device, torch.float32)).tolist()
+            stop = total / max(count, 1) > self.section.target_kl
+            self._step_kl.zero_()
+        before, self.position = self.position, schedule.after(self.position, skip_rollout=stop)
+        if self.position.rollout > before.rollout:
+            last = (before.epoch + 1) * schedule.minibatches - (schedule.minibatches - 1 - before.minibatch)
+            cut = schedule.epochs * schedule.minibatches - last
+            self.skipped += cut
+            self._finish_rollout(cut)
+        return self.position.rollout >= schedule.rollouts
+
+    def _finish_rollout(self, cut: int) -> None:
+        assert self.experience is not None
+        tokens = len(self.experience.old_logps) * self.play.schedule.epochs
+        done = 1 - cut / (self.play.schedule.epochs * self.play.schedule.minibatches)
+        seconds = max(time.perf_counter() - self._update_started, 1e-9)
+        observed = {
+            "speed/update_tokens_per_s": tokens * done / seconds,
+            "policy/epochs": done * self.section.num_ppo_epochs,
+        }
+        self.metric_sums.add({name: torch.tensor(x, device=self.args.device) for name, x in observed.items()})
+        self.experience = None
+
+    def derive(self, means: dict[str, float]) -> dict[str, float]:
+        """The ratio's variance from its mean and mean square."""
+        if (square := means.pop("policy/ratio_square", None)) is not None:
+            means["policy/ratio_var"] = max(square - means["policy/ratio_mean"] ** 2, 0.0)
+        return means
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As transformers', with ``value_learning_rate`` for the value function's own weights."""
+        if self.optimizer is None and (rate := self.section.value_learning_rate) is not None:
+            optimizer = super().create_optimizer(model)
+            own = {id(parameter) for parameter in self.model.value_parameters()}
+            for group in list(optimizer.param_groups):
+                values = [p for p in group["params"] if id(p) in own]
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+                if values:
+                    settings = {name: setting for name, setting in group.items() if name not in ("params", "lr")}
+                    optimizer.add_param_group(settings | {"params": values, "lr": rate})
+            return optimizer
+        return super().create_optimizer(model)
+
+    # Evaluation
+
+    def _evaluation_means(self, eval_dataset: Any) -> dict[str, float]:
+        """Score, KL and length of fresh replies to the evaluation prompts, the same draws at each evaluation."""
+        rows = self.eval_prompt_rows
+        mine = list(range(len(rows)))[self.args.process_index :: self.args.world_size]
+        filler = not mine
+        chosen = mine or [0]
+        seeds = [_EVALUATION_SEEDS + row for row in chosen]
+        collected = self.play.collector.collect([rows[row] for row in chosen], self.play.sampling, seeds)
+        sums = MetricSums()
+        observed = evaluation_metrics(collected.episodes, self.section, kl_coef=self.kl_controller.coef)
+        sums.add({name: value.to(self.args.device) for name, value in observed.items()}, filler=filler)
+        return sums.drain(self._reduce)
+
+    # Checkpoints
+
+    def stage_state(self) -> dict[str, Any]:
+        """Position, KL controller and counters; the rollout itself is in files of its own."""
+        return {"position": asdict(self.position), "kl": self.kl_controller.state_dict(), "skipped": self.skipped}
+
+    def load_stage_state(self, state: Mapping[str, Any]) -> None:
+        """Take `stage_state` back."""
+        self.position = Position(**state["position"])
+        self.kl_controller.load_state_dict(state["kl"])
+        self.skipped = int(state["skipped"])
+
+    def train(self, resume_from_checkpoint: Any = None) -> Any:  # type: ignore[override]
+        """Train to the end; asserts that each minibatch that wasn't cut by ``target_kl`` was an optimizer step."""
+        if resume_from_checkpoint is not None:
+            self.experience = load_experience(Path(resume_from_checkpoint))
+        output = super().train(resume_from_checkpoint)
+        if self.state.global_step != self.play.schedule.steps - self.skipped:
+            raise RuntimeError(
+                f"{self.state.global_step} optimizer steps, not {self.play.schedule.steps} − {self.skipped} skipped"
+            )
+        return output
+
+    def release_policy(self) -> None:
+        """After training: leave the policy alone as the model, as it was loaded, ready to be saved."""
+        allow_all_tokens(self.model.policy)
+        self.model = self.model.policy
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.experience is not None and self.args.should_save:
+            save_experience(self.experience, Path(output_dir or str(self.args.output_dir)))
+
+
+class _AfterStep(TrainerCallback):
+    """Moves the position on before a checkpoint of the step is saved, and ends the run after its last rollout."""
+
+    def __init__(self, trainer: PpoTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After the optimizer step, before logs and checkpoints."""
+        # The rollouts are one pass: a resumed trainer would count its epochs from 0 again.
+        state.epoch = state.global_step / max(state.max_steps, 1)
+        if self.trainer.after_step():
+            control.should_training_stop = True
+
+
+def _controller(section: PpoSection) -> FixedKLController | AdaptiveKLController:
+    if section.kl_control == "fixed":
+        return FixedKLController(section.kl_coef)
+    return AdaptiveKLController(section.kl_coef, section.kl_target, section.kl_horizon)
+
+
+def _each_item(loss: Tensor, num_items: float | Tensor, count: int) -> Tensor:
+    """A loss that is a sum over this micro-batch divided by the step's items, as `count` observations of its mean."""
+    return (loss.detach() * num_items / count).expand(count)
+
+
+def _speeds(parts: list[Collected]) -> dict[str, float]:
+    """Tokens a second of drawing and of scoring, over all processes, and the gap between their log-probabilities."""
+    response = sum(len(part.episodes.logps) for part in parts)
+    prompt = sum(len(ids) for part in parts for ids in part.episodes.prompt_ids)
+    speeds = {
+        "speed/rollout_tokens_per_s": response / max(*(part.rollout_s for part in parts), 1e-9),
+        "speed/score_tokens_per_s": (prompt + response) / max(*(part.score_s for part in parts), 1e-9),
+    }
+    gaps = [part.logprob_gap for part in parts if part.logprob_gap is not None]
+    return speeds | ({"sampler/logprob_gap": sum(gaps) / len(gaps)} if gaps else {})

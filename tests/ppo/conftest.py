@@ -1,0 +1,82 @@
+"""A tiny PPO run: a model of 50k parameters, a dozen prompts, a reward that a file defines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatalign.recipe import PpoRecipe
+from chatalign.recipe.load import merge
+
+PROMPTS = ["hello world", "the capital", "1 + 2", "你好", "what is", "thank you", "the answer is", "of France?"]
+REWARD = '''
+def letters(*, prompts, replies, extras):
+    """A point for each letter a, a tenth less for each character."""
+    assert all(messages[-1]["role"] == "user" for messages in prompts)
+    return [reply.count("a") - 0.1 * len(reply) for reply in replies]
+
+
+def number(*, prompts, replies, extras):
+    return [float(extra["number"]) for extra in extras]
+
+
+def broken(*, prompts, replies, extras):
+    return [float("nan") for _ in replies]
+
+
+def short(*, prompts, replies, extras):
+    return [0.0]
+'''
+LORA = {"r": 4, "lora_alpha": 8}
+
+
+@pytest.fixture(scope="session")
+def reward_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reward") / "rewards.py"
+    path.write_text(REWARD, "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"prompt": text, "number": i} for i, text in enumerate(PROMPTS)]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", "utf-8")
+    return path
+
+
+@pytest.fixture
+def make_recipe(
+    tmp_path: Path, tiny_model_folder: Path, reward_file: Path, prompt_file: Path
+) -> Callable[..., PpoRecipe]:
+    """`make_recipe(name, {"ppo": {...}, "train": {...}, …})`: a tiny recipe with some keys changed."""
+
+    def make(name: str = "run", over: dict[str, Any] | None = None) -> PpoRecipe:
+        base: dict[str, Any] = {
+            "stage": "ppo",
+            "output_dir": str(tmp_path / name),
+            "model": {"name_or_path": str(tiny_model_folder)},
+            "data": {"datasets": [{"path": str(prompt_file)}]},
+            "ppo": {
+                "total_episodes": 16,
+                "rollout_batch_size": 8,
+                "num_ppo_epochs": 2,
+                "num_mini_batches": 2,
+                "response_length": 8,
+                "rewards": [{"function": f"{reward_file}:letters"}],
+            },
+            "train": {
+                "learning_rate": 1e-3,
+                "per_device_train_batch_size": 2,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "use_cpu": True,
+            },
+        }
+        return PpoRecipe.model_validate(merge(base, over or {}))
+
+    return make
