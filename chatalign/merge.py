@@ -16,14 +16,13 @@ from chatalign.models.load import base_ref_of, fit_tokenizer, load_base
 from chatalign.models.resolve import Resolved, resolve
 from chatalign.models.tokenizer import load_tokenizer
 from chatalign.recipe import ModelSection
-from chatalign.recipe.sections import DtypeName
 
 _PROBE = ("Hello! What can you do?", "The quick brown fox jumps over the lazy dog.", "1 + 1 =", "你好")
 # How far a merged model's logits may move, relative to their norm: rounding of the weights, and no more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def merge(ref: str | Path, out_folder: str | Path, *, dtype: DtypeName = "auto") -> Path:
+def merge(ref: str | Path, out_folder: str | Path, *, dtype: str = "auto") -> Path:
     """Fold the adapter `ref` (a run or adapter folder) into its base and write the whole model to `out_folder`.
 
     The sum is formed in float32 and stored in `dtype` (auto: the base's own). The written model is loaded again and
@@ -56,7 +55,7 @@ def merge(ref: str | Path, out_folder: str | Path, *, dtype: DtypeName = "auto")
     return out
 
 
-def _stored_dtype(resolved: Resolved, dtype: DtypeName) -> torch.dtype:
+def _stored_dtype(resolved: Resolved, dtype: str) -> torch.dtype:
     """The precision to store in; refuses a base whose own weights are quantized."""
     from transformers import AutoConfig
 
@@ -66,9 +65,11 @@ def _stored_dtype(resolved: Resolved, dtype: DtypeName) -> torch.dtype:
             f"{resolved.base}: its weights are stored quantized, and merging into them loses what was learned; "
             f"set `name_or_path` in {resolved.adapter}/base_model.json to the 16-bit model"
         )
-    if dtype != "auto":
-        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
-    return config.dtype or torch.float32
+    if dtype == "auto":
+        return config.dtype or torch.float32
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ModelError(f"dtype {dtype}: a merged model is stored in float32, bfloat16, float16 or auto (the base's)")
+    return getattr(torch, dtype)
 
 
 def _adapted(section: ModelSection, resolved: Resolved, tokenizer: Any) -> Any:

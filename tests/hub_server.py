@@ -1,0 +1,110 @@
+"""A stand-in for the Hub on loopback: the endpoints that huggingface_hub's client calls to upload, and what arrived."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class HubServer(ThreadingHTTPServer):
+    """Keeps what arrived: `repos`, `files` of the last commit by name, `tokens`; answers `fail_with` where set."""
+
+    def __init__(self, *, fail_with: int | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.fail_with = fail_with
+        self.repos: list[dict[str, Any]] = []
+        self.tokens: set[str | None] = set()
+        self.commits: list[str] = []
+        self.files: dict[str, bytes] = {}
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self) -> HubServer:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: HubServer
+
+    def do_POST(self) -> None:
+        body = self._begin()
+        if self.server.fail_with:
+            return self._answer({"error": "refused by the test"}, status=self.server.fail_with)
+        if self.path == "/api/repos/create":
+            made = json.loads(body)
+            made.setdefault("private", made.get("visibility") == "private")  # older clients send it themselves
+            self.server.repos.append(made)
+            owner = made.get("organization", "someone")
+            return self._answer({"url": f"{self.server.url}/{owner}/{made['name']}"})
+        if self.path == "/api/validate-yaml":
+            return self._answer({"warnings": [], "errors": []})
+        if "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
+                for f in json.loads(body)["files"]
+            ]
+            return self._answer({"files": [file | {"shouldIgnore": False} for file in files]})
+        if self.path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            answers = [o | {"actions": {"upload": {"href": f"{self.server.url}/lfs/{o['oid']}"}}} for o in objects]
+            return self._answer({"transfer": "basic", "objects": answers})
+        if "/commit/" in self.path:
+            return self._commit([json.loads(line) for line in body.splitlines()])
+        return self._answer({"error": "no such endpoint"}, status=404)
+
+    def do_PUT(self) -> None:
+        self.server.objects[self.path.rpartition("/")[2]] = self._begin()
+        self._answer({})
+
+    def do_GET(self) -> None:
+        self._begin()
+        self._answer({"error": "refused by the test"}, status=self.server.fail_with or 404)
+
+    def _commit(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.server.commits.append(value["summary"])
+            elif line["key"] == "file":
+                self.server.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.server.files[value["path"]] = self.server.objects[value["oid"]]
+        repo = self.path.removeprefix("/api/models/").partition("/commit/")[0]
+        url = f"{self.server.url}/{repo}/commit/{'1' * 40}"
+        self._answer({"commitUrl": url, "commitOid": "1" * 40, "hookOutput": ""})
+
+    def _begin(self) -> bytes:
+        self.server.requests.append(f"{self.command} {self.path}")
+        if not self.path.startswith("/lfs/"):
+            self.server.tokens.add(self.headers.get("Authorization"))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _answer(self, value: dict[str, Any], *, status: int = 200) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet: the test reads `requests`."""
