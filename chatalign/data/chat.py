@@ -18,8 +18,10 @@ from chatalign.data.rows import BadRow, Conversation, Message, Messages, Prefere
 from chatalign.data.spans import NotPrefixPreserving, Rendered, SpanFinder
 from chatalign.data.template import ChatTemplate
 from chatalign.data.tokens import TextEncoder, token_span
+from chatalign.data.verify import verify
 from chatalign.errors import TemplateError
 
+VERIFIED_ROWS = 64
 Supervise = Literal["assistant", "last_assistant", "all"]
 
 
@@ -48,6 +50,8 @@ class _Job:
     rendered: Rendered
     guarded: bool
     messages: Messages
+    turns: tuple[int, ...]
+    tools: Tools | None
 
 
 def render(
@@ -87,7 +91,8 @@ def encode_prompt(messages: Messages, tokenizer: Any, *, tools: Tools | None = N
 def template_stop_ids(tokenizer: Any) -> list[int]:
     """The ids of the tokens that the template ends a reply with (generation must stop at them)."""
     probe: Messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
-    return [encode_conversation(probe, tokenizer).ids[-1]]
+    encoded = encode_conversation(probe, tokenizer)
+    return [encoded.ids[encoded.spans[-1][1] - 1]]
 
 
 def chat_encoder(tokenizer: Any) -> ChatEncoder:
@@ -111,6 +116,7 @@ class ChatEncoder:
         self.template = ChatTemplate(tokenizer)
         self.text = TextEncoder(tokenizer)
         self.finder = SpanFinder(self.template, self.text)
+        self.verify_rows = VERIFIED_ROWS  # how many conversations are still checked; set anew by each preparation
 
     def conversation(self, row: Conversation, supervise: Supervise) -> Encoded:
         """One row in one rendering; raises BadRow or TemplateError."""
@@ -183,7 +189,7 @@ class ChatEncoder:
         turns = _target_turns(messages, first, supervise)
         if not turns:
             raise BadRow("messages", "has no assistant turn to learn from", "add the reply")
-        return _Job(self.finder.find(messages, turns, tools), guarded, adapted)
+        return _Job(self.finder.find(messages, turns, tools), guarded, messages, turns, tools)
 
     def _jobs(self, row: Conversation, supervise: Supervise) -> list[_Job]:
         try:
@@ -229,10 +235,18 @@ class ChatEncoder:
         if rendered.append_stop:
             ids.append(self.tokenizer.eos_token_id)
             spans[-1] = (spans[-1][0], len(ids))
+        if self.verify_rows > 0:
+            self.verify_rows -= 1
+            self._verify(job, ids, tuple(spans))
         supervised = [int(supervise == "all")] * len(ids)
         for first, last in spans:
             supervised[first:last] = [1] * (last - first)
         return Encoded(ids, supervised, tuple(spans))
+
+    def _verify(self, job: _Job, ids: list[int], spans: tuple[tuple[int, int], ...]) -> None:
+        verify(job.rendered, ids, spans, self.text, guarded=job.guarded)
+        if self.finder.find_by_rendering(job.messages, job.turns, job.tools) != job.rendered:
+            raise TemplateError("the chat template renders a row in another way than rows of its shape; report it")
 
     def _moves(self, text: str, start: int, guarded: bool) -> bool:
         """Whether the prompt's last tokens change once the reply stands behind them (only near white space)."""

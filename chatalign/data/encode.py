@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 
-from chatalign.data.chat import ChatEncoder, Encoded, EncodedPair, chat_encoder
+from chatalign.data.chat import VERIFIED_ROWS, ChatEncoder, Encoded, EncodedPair, chat_encoder
 from chatalign.data.lengths import Dropped, cut_document, fit_conversation, fit_pair, fit_prompt
 from chatalign.data.raw import RawEncoder
 from chatalign.data.rows import BadRow, Conversation, Kind, Preference, Prompt, Row, Text, Unpaired
@@ -41,6 +41,8 @@ class RowEncoder:
         self.raw = RawEncoder(tokenizer, parse_special=not section.apply_chat_template, eos_for_text=eos_for_text)
         templated = section.apply_chat_template and bool(tokenizer.chat_template) and kind != "text"
         self.chat: ChatEncoder | None = chat_encoder(tokenizer) if templated else None
+        if self.chat is not None:
+            self.chat.verify_rows = VERIFIED_ROWS
 
     def encode(self, rows: Sequence[Row]) -> list[list[Columns] | BadRow | Dropped]:
         """For each row its columns (usually one dict), or why it is left out."""

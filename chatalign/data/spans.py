@@ -86,6 +86,11 @@ class SpanFinder:
                     "the chat template puts no stop token after an assistant turn; "
                     "add {{ eos_token }} after its content"
                 )
+            reply = messages[turn]["content"].strip()
+            if reply not in text[len(prompt) : end]:
+                raise TemplateError(
+                    f"the chat template leaves out a part of the reply {reply[:40]!r}; give another one"
+                )
             append_stop = append_stop or not has_stop
             spans.append((len(prompt), end))
         return Rendered(text[: spans[-1][1]] if append_stop else text, tuple(spans), append_stop)
