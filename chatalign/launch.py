@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from chatalign.artifact import Artifact
-from chatalign.errors import ChatalignError, Interrupted
+from chatalign.errors import ChatalignError, HubError, Interrupted
 from chatalign.recipe import Recipe, load_recipe, parse_overrides
 from chatalign.runs import finished, is_main_process, locked
 
@@ -57,7 +57,27 @@ def execute(stage: str, run: RunFunction, path: str, overrides: Sequence[str], *
     refuse_problems(recipe)
     with locked(recipe.output_dir):
         artifact = run(recipe)
-    say(f"{recipe.output_dir}: finished in {artifact.wall_s:.0f} s (run {artifact.run_id})")
+        say(f"{recipe.output_dir}: finished in {artifact.wall_s:.0f} s (run {artifact.run_id})")
+        hand_out(recipe)
+
+
+def hand_out(recipe: Recipe) -> None:
+    """Write a finished run's report and, where the recipe asks, upload it; raises HubError with the run kept."""
+    if not is_main_process():
+        return
+    from chatalign.report import write_run_report
+
+    say(f"report: {write_run_report(recipe.output_dir)}")
+    hub = getattr(recipe, "hub", None)
+    if hub is None or not hub.push:
+        return
+    from chatalign.hub import push
+
+    try:
+        say(f"pushed: {push(recipe.output_dir, hub.repo, private=hub.private)}")
+    except HubError as error:
+        again = f"chatalign push {recipe.output_dir} --repo {hub.repo}"
+        raise HubError(f"{error}; the run itself is finished and kept: `{again}` uploads it") from None
 
 
 def refuse_problems(recipe: Recipe, *, made_later: frozenset[str] = frozenset()) -> None:

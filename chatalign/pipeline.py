@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from chatalign.artifact import ARTIFACT_FILE, Artifact, load_artifact, versions, write_json
-from chatalign.errors import ChatalignError
-from chatalign.launch import quiet_libraries, refuse_problems, say
+from chatalign.errors import ChatalignError, HubError
+from chatalign.launch import hand_out, quiet_libraries, refuse_problems, say
 from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
 from chatalign.runs import finished, locked, open_run, recipe_fingerprint, status
 
@@ -81,10 +81,17 @@ def run_pipeline(
     with locked(folder):
         _refuse_what_cannot_run(stages)
         statuses: dict[str, str] = {}
+        unpushed: list[HubError] = []
         for number, (name, recipe) in enumerate(stages.items(), start=1):
-            statuses[name] = _run_one(recipe, f"[{number}/{len(stages)}] {name}", force, accelerate_config)
+            try:
+                statuses[name] = _run_one(recipe, f"[{number}/{len(stages)}] {name}", force, accelerate_config)
+            except HubError as error:  # the stage is finished; the chain needn't wait for the Hub
+                statuses[name] = "ran"
+                unpushed.append(error)
         summary = summarise(pipeline, stages, statuses, wall_s=time.perf_counter() - started)
         _report(folder, summary, changed=any(state != "skipped" for state in statuses.values()))
+    if unpushed:
+        raise unpushed[0]
     return summary
 
 
@@ -107,6 +114,7 @@ def _run_one(recipe: Recipe, title: str, force: bool, accelerate_config: str | P
         _launch(recipe, accelerate_config)
     else:
         run_stage(recipe)
+        hand_out(recipe)
         _reset_process_state()
     return "resumed" if state == "resumable" else "ran"
 

@@ -11,7 +11,7 @@ import yaml
 
 import chatalign.pipeline as pipeline_module
 from chatalign.artifact import Artifact, hash_files
-from chatalign.errors import ChatalignError, DataError, Interrupted, RecipeError
+from chatalign.errors import ChatalignError, DataError, HubError, Interrupted, RecipeError
 from chatalign.pipeline import resolve_stages, run_pipeline
 from chatalign.recipe import Recipe, load_pipeline
 from chatalign.runs import open_run
@@ -43,6 +43,7 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "chain.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     monkeypatch.setattr(pipeline_module, "_report", lambda folder, summary, *, changed: None)
+    monkeypatch.setattr(pipeline_module, "hand_out", lambda recipe: None)
     monkeypatch.setattr(pipeline_module, "_reset_process_state", lambda: None)
     return path
 
@@ -138,3 +139,15 @@ def test_inputs_become_folders_of_earlier_stages(chain: Path) -> None:
 def test_a_failing_launch_names_the_command(chain: Path, ran: list[str]) -> None:
     with pytest.raises(ChatalignError, match="ended with status"):
         run_pipeline(chain, accelerate_config=chain.parent / "no_such_config.yaml")
+
+
+def test_an_unreachable_hub_ends_no_chain(chain: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_hub(recipe: Recipe) -> None:
+        if recipe.stage == "sft":
+            raise HubError("the Hub can't be reached")
+
+    monkeypatch.setattr(pipeline_module, "hand_out", no_hub)
+    with pytest.raises(HubError):
+        run_pipeline(chain)
+    assert ran == ["sft", "reward", "dpo"]
+    assert statuses(run_pipeline(chain)) == ["skipped"] * 3

@@ -11,7 +11,7 @@ import pytest
 
 from chatalign.artifact import Artifact
 from chatalign.pipeline import STAGE_MODULES
-from chatalign.recipe import validate_stage
+from chatalign.recipe import apply_overrides, validate_stage
 
 pytestmark = pytest.mark.slow
 LORA = {"r": 8, "lora_alpha": 16}
@@ -20,7 +20,7 @@ CASES = [
     ("pretrain", "wiki_demo.txt", {}),
     ("sft", "alpaca_en_demo.json", {}),
     ("sft", "alpaca_zh_demo.json", {"lora": LORA}),
-    ("sft", "glaive_toolcall_en_demo.json", {}),
+    ("sft", "glaive_toolcall_en_demo.json", {"data.max_length": 2048}),
     ("reward", "dpo_en_demo.json", {"lora": LORA}),
     ("dpo", "dpo_en_demo.json", {}),
     ("kto", "kto_en_demo.json", {"lora": LORA}),
@@ -44,7 +44,7 @@ def train(stage: str, file: Path, extra: dict[str, Any], tmp_path: Path, root: P
         )
         raw["ppo"] = PPO | {"rewards": [{"function": f"{tmp_path}/length.py:score"}]}
         del raw["train"]["max_steps"]
-    recipe = validate_stage(raw | extra, where="test")
+    recipe = validate_stage(apply_overrides(raw, extra), where="test")
     return importlib.import_module(STAGE_MODULES[stage]).run(recipe)
 
 
