@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-
 GOLD = '''
 def score(*, messages, reply, row, ended):
     """One point for each letter of the reply up to ten, a tenth for ending."""

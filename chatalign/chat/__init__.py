@@ -1,0 +1,5 @@
+"""Talking to a model in the terminal."""
+
+from chatalign.chat.window import chat
+
+__all__ = ["chat"]
