@@ -71,17 +71,19 @@ def enable_chunked_head(model: nn.Module) -> bool:
 
 def _is_last(base: Any, layer: nn.Linear) -> bool:
     seen: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    hook = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output.clone()))
     training = base.training
     base.eval()
     try:
         with torch.no_grad():
-            ids = torch.zeros(1, 2, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+            # Several ids: one could be the padding token, whose embedding may be 0, and 0 survives any scale.
+            rows, device = base.get_input_embeddings().weight.shape[0], base.get_input_embeddings().weight.device
+            ids = torch.arange(min(8, rows), device=device).unsqueeze(0)
             logits = base(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
         base.train(training)
-    return len(seen) == 1 and torch.equal(seen[0].float(), logits.float())
+    return len(seen) == 1 and bool(logits.any()) and torch.equal(seen[0].float(), logits.float())
 
 
 def token_logprobs(

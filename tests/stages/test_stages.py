@@ -53,7 +53,7 @@ def make_recipe(stage: str, folder: Path, data: Path, model: Path | str, **chang
         "output_dir": str(folder / stage),
         "model": {"name_or_path": str(model)},
         "data": {"datasets": [{"path": str(data / f"{file}.jsonl")}], "max_length": 64, "eval_fraction": 0.2},
-        "train": {"learning_rate": 3e-3, "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True},
+        "train": {"learning_rate": 2e-2, "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True},
     }
     for dotted, value in changes.items():
         section, _, key = dotted.partition("__")
@@ -73,7 +73,9 @@ LORA = {"r": 4, "lora_alpha": 8}
 
 
 def test_sft_learns_and_leaves_a_whole_run(tmp_path: Path, data: Path, tiny_model_folder: Path) -> None:
-    recipe = make_recipe("sft", tmp_path, data, tiny_model_folder, train__eval_strategy="epoch", train__num_train_epochs=3)
+    recipe = make_recipe(
+        "sft", tmp_path, data, tiny_model_folder, train__eval_strategy="epoch", train__num_train_epochs=3
+    )
     artifact = sft.run(recipe)
     losses = means(recipe, "loss")
     assert losses[-1] < 0.7 * losses[0]
@@ -81,33 +83,45 @@ def test_sft_learns_and_leaves_a_whole_run(tmp_path: Path, data: Path, tiny_mode
     assert artifact == load_artifact(recipe.output_dir) == finished(recipe)
     assert not verify_files(recipe.output_dir, artifact.files)
     assert (artifact.kind, artifact.stage, artifact.base_model.name_or_path) == ("model", "sft", str(tiny_model_folder))
-    assert artifact.metrics["loss"] == losses[-1] and artifact.metrics["eval_loss"] == means(recipe, "eval_loss")[-1]
-    assert artifact.tokens_seen > 0 and artifact.tokens_per_s > 0 and artifact.tokenizer_sha256
+    assert artifact.metrics["loss"] == losses[-1]
+    assert artifact.metrics["eval_loss"] == means(recipe, "eval_loss")[-1]
+    assert artifact.tokens_seen > 0
+    assert artifact.tokens_per_s > 0
+    assert artifact.tokenizer_sha256
     model = AutoModelForCausalLM.from_pretrained(Path(recipe.output_dir) / "model")
-    assert model.config.use_cache and model.config._attn_implementation != "chatalign_segments"
+    assert model.config.use_cache
+    assert model.config._attn_implementation != "chatalign_segments"
 
 
 def test_adapters_go_from_sft_to_reward_and_dpo(tmp_path: Path, data: Path, tiny_model_folder: Path) -> None:
     first = make_recipe("sft", tmp_path, data, tiny_model_folder, lora=LORA)
     assert sft.run(first).kind == "adapter"
 
-    scorer = make_recipe("reward", tmp_path, data, first.output_dir, train__num_train_epochs=3, train__eval_strategy="epoch")
+    scorer = make_recipe(
+        "reward", tmp_path, data, first.output_dir, train__num_train_epochs=3, train__eval_strategy="epoch"
+    )
     made = reward.run(scorer)
-    assert made.kind == "reward_adapter" and made.parents[0].path == first.output_dir
+    assert made.kind == "reward_adapter"
+    assert made.parents[0].path == first.output_dir
     assert means(scorer, "eval_accuracy")[-1] >= 0.8
-    assert means(scorer, "score_std")[-1] > 0 and made.extra["normaliser"]["count"] > 0
+    assert means(scorer, "score_std")[-1] > 0
+    assert made.extra["normaliser"]["count"] > 0
     tokenizer = load_tokenizer(scorer.model)
     assert load_reward_model(scorer.model.model_copy(update={"name_or_path": scorer.output_dir}), tokenizer)
 
     policy = make_recipe("dpo", tmp_path, data, first.output_dir, train__num_train_epochs=2)
     chosen = dpo.run(policy)
-    assert chosen.kind == "adapter" and chosen.extra["reference"] == "adapter"
+    assert chosen.kind == "adapter"
+    assert chosen.extra["reference"] == "adapter"
     assert means(policy, "loss")[0] == pytest.approx(0.6931, abs=1e-3)
     assert means(policy, "logratio_per_token")[0] == pytest.approx(0, abs=1e-4)
-    assert means(policy, "rewards/accuracies")[-1] > 0.9 and means(policy, "rewards/margins")[-1] > 0.1
+    assert means(policy, "rewards/accuracies")[-1] > 0.9
+    assert means(policy, "rewards/margins")[-1] > 0.1
 
 
-def test_reward_model_stores_its_scale_in_its_configuration(tmp_path: Path, data: Path, tiny_model_folder: Path) -> None:
+def test_reward_model_stores_its_scale_in_its_configuration(
+    tmp_path: Path, data: Path, tiny_model_folder: Path
+) -> None:
     recipe = make_recipe("reward", tmp_path, data, tiny_model_folder, reward__center_rewards_coefficient=0.01)
     artifact = reward.run(recipe)
     config = json.loads((Path(recipe.output_dir) / "model" / "config.json").read_text())
@@ -120,7 +134,13 @@ def test_dpo_losses_start_at_their_closed_form(
     tmp_path: Path, data: Path, tiny_model_folder: Path, loss_type: str, at_zero: float
 ) -> None:
     recipe = make_recipe(
-        "dpo", tmp_path, data, tiny_model_folder, dpo__loss_type=loss_type, train__max_steps=2, train__learning_rate=1e-4
+        "dpo",
+        tmp_path,
+        data,
+        tiny_model_folder,
+        dpo__loss_type=loss_type,
+        train__max_steps=2,
+        train__learning_rate=1e-4,
     )
     assert dpo.run(recipe).extra["reference"] == "copy"
     assert means(recipe, "loss")[0] == pytest.approx(at_zero, rel=1e-3)
@@ -202,17 +222,22 @@ def pretrain_recipe(folder: Path, data: Path, tokenizer: Path, **changes: Any) -
 def test_pretrain_from_nothing_then_taken_as_it_is(tmp_path: Path, data: Path, tiny_model_folder: Path) -> None:
     recipe = pretrain_recipe(tmp_path / "made", data, tiny_model_folder, train__num_train_epochs=3)
     made = pretrain.run(recipe)
-    assert made.extra["from_scratch"] and means(recipe, "loss")[-1] < means(recipe, "loss")[0]
+    assert made.extra["from_scratch"]
+    assert means(recipe, "loss")[-1] < means(recipe, "loss")[0]
     finished_model = str(Path(recipe.output_dir) / "model")
 
-    taking = pretrain_recipe(tmp_path / "taken", data, tiny_model_folder, pretrained=finished_model)
+    taking = pretrain_recipe(
+        tmp_path / "taken", data, tiny_model_folder, pretrained=finished_model, train__num_train_epochs=3
+    )
     taken = pretrain.run(taking)
     assert taken.extra == {"from_scratch": False, "taken_from": finished_model, "made_by_run": made.run_id}
-    assert taken.base_model.sha256 and taken.files.keys() == made.files.keys()
+    assert taken.base_model.sha256
+    assert taken.files.keys() == made.files.keys()
     assert not verify_files(taking.output_dir, taken.files)
 
     again = pretrain.run(taking.model_copy(update={"from_scratch": True, "output_dir": str(tmp_path / "again")}))
-    assert again.extra["from_scratch"] and again.files["model/model.safetensors"] == made.files["model/model.safetensors"]
+    assert again.extra["from_scratch"]
+    assert again.files["model/model.safetensors"] == made.files["model/model.safetensors"]
 
 
 def test_a_pretrained_model_that_was_altered_is_refused(tmp_path: Path, data: Path, tiny_model_folder: Path) -> None:
