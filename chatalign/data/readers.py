@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from chatalign.data.rows import BadRow, Conversation, Messages, Preference, Prompt, Row, Text, Unpaired
-from chatalign.data.turns import check_order, ends_with, parse_json, read_tools, read_turns
+from chatalign.data.turns import check_order, ends_with, kind_of, parse_json, read_tools, read_turns
 
 RawRow = Mapping[str, Any]
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -41,7 +41,7 @@ def read_alpaca(row: RawRow) -> Row:
     if isinstance(extra_input, str) and extra_input.strip():
         instruction = f"{instruction}\n{extra_input}"
     elif extra_input is not None and not isinstance(extra_input, str):
-        raise BadRow("input", f"is a {type(extra_input).__name__}, not text", "write a string, or leave it out")
+        raise BadRow("input", f"is {kind_of(extra_input)}, not text", "write a string, or leave it out")
     messages: Messages = []
     if isinstance(row.get("system"), str) and row["system"].strip():
         messages.append({"role": "system", "content": row["system"]})
@@ -96,7 +96,8 @@ def read_preference(row: RawRow) -> Row:
     elif column is None:
         raise BadRow("prompt", "is missing", "add the prompt, or put whole conversations in chosen and rejected")
     elif isinstance(row[column], str) and not looks_like_turns(row[column]):
-        prompt, raw = _string_prompt(row), True
+        prompt = _string_prompt(row)
+        raw = len(prompt) == 1 and isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
     else:
         prompt = _messages(row, column)
     return Preference(prompt=prompt, chosen=chosen, rejected=rejected, tools=tools, raw=raw)
@@ -146,7 +147,8 @@ def read_text(row: RawRow) -> Row:
 def read_prompt(row: RawRow) -> Row:
     value = row.get("prompt")
     if isinstance(value, str) and not looks_like_turns(value):
-        return Prompt(prompt=_string_prompt(row), extra={}, raw=True)
+        prompt = _string_prompt(row)
+        return Prompt(prompt=prompt, extra={}, raw=len(prompt) == 1)
     return Prompt(prompt=_messages(row, "prompt"), extra={}, tools=read_tools(row.get("tools")))
 
 
@@ -164,15 +166,11 @@ def read_label(value: Any, field: str = "label") -> bool:
 def _prompt_and(row: RawRow, column: str) -> tuple[Messages, Messages, bool]:
     """The prompt's turns, the reply's turns, and whether both were plain strings."""
     prompt, reply = row.get("prompt"), row.get(column)
-    raw = isinstance(prompt, str) and isinstance(reply, str) and not looks_like_turns(prompt)
-    if raw and not looks_like_turns(reply):
-        return _string_prompt(row), [{"role": "assistant", "content": _text(row, column)}], "system" not in row
-    prompt_turns = (
-        _string_prompt(row) if isinstance(prompt, str) and not looks_like_turns(prompt) else _messages(row, "prompt")
-    )
-    if isinstance(reply, str) and not looks_like_turns(reply):
-        return prompt_turns, [{"role": "assistant", "content": _text(row, column)}], False
-    return prompt_turns, read_turns(reply, column), False
+    plain_prompt = isinstance(prompt, str) and not looks_like_turns(prompt)
+    plain_reply = isinstance(reply, str) and not looks_like_turns(reply)
+    prompt_turns = _string_prompt(row) if plain_prompt else _messages(row, "prompt")
+    reply_turns = [{"role": "assistant", "content": _text(row, column)}] if plain_reply else read_turns(reply, column)
+    return prompt_turns, reply_turns, plain_prompt and plain_reply and len(prompt_turns) == 1
 
 
 def _string_prompt(row: RawRow) -> Messages:
@@ -187,8 +185,8 @@ def _text(row: RawRow, column: str) -> str:
 
 def _nonempty(value: Any, field: str) -> str:
     if not isinstance(value, str):
-        kind = "missing" if value is None else f"a {type(value).__name__}, not text"
-        raise BadRow(field, f"is {kind}", "write a string")
+        problem = "is missing" if value is None else f"is {kind_of(value)}, not text"
+        raise BadRow(field, problem, "write a string")
     if not value.strip():
         raise BadRow(field, "is empty", "write the text, or take the row out")
     return value

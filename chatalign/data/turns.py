@@ -46,13 +46,13 @@ def read_turns(value: Any, field: str) -> Messages:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list | tuple):
-        raise BadRow(field, f"is {_kind(value)}, not a list of turns", 'write [{"role": "user", "content": "…"}, …]')
+        raise BadRow(field, f"is {kind_of(value)}, not a list of turns", 'write [{"role": "user", "content": "…"}, …]')
     return [_read_turn(turn, f"{field}[{i}]") for i, turn in enumerate(value)]
 
 
 def _read_turn(turn: Any, field: str) -> Message:
     if not isinstance(turn, dict):
-        raise BadRow(field, f"is {_kind(turn)}, not a turn", 'write {"role": …, "content": …}')
+        raise BadRow(field, f"is {kind_of(turn)}, not a turn", 'write {"role": …, "content": …}')
     role_key, content_key = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
     if role_key not in turn:
         raise BadRow(field, "has no `role`", "add `role` (or `from`): user, assistant, system or tool")
@@ -86,7 +86,7 @@ def read_content(value: Any, field: str, *, may_be_none: bool = False) -> str:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise BadRow(field, f"has a part of type {part.get('type')!r}", "keep text parts only")
         return "".join(part["text"] for part in value)
-    raise BadRow(field, f"is {_kind(value)}, not text", "write a string")
+    raise BadRow(field, f"is {kind_of(value)}, not text", "write a string")
 
 
 def read_tools(value: Any, field: str = "tools") -> Tools | None:
@@ -97,7 +97,7 @@ def read_tools(value: Any, field: str = "tools") -> Tools | None:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise BadRow(field, f"is {_kind(value)}, not a list of tool schemas", 'write [{"name": …, "parameters": …}]')
+        raise BadRow(field, f"is {kind_of(value)}, not a list of tool schemas", 'write [{"name": …, "parameters": …}]')
     return value or None
 
 
@@ -159,5 +159,9 @@ def _read_calls(value: Any, field: str) -> list[dict[str, Any]]:
     return calls
 
 
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"
+def kind_of(value: Any) -> str:
+    """What stands where something else should: ``missing``, ``a list``, ``an int`` …"""
+    if value is None:
+        return "missing"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
