@@ -136,10 +136,12 @@ def _model_term(recipe: PpoRecipe, source: _RewardSource, policy: Policy) -> Ter
     scorer: ModelScorer
     if source.on_backbone:
         assert source.resolved.adapter is not None
-        attach_adapter(policy.model, source.resolved.adapter, source.name, trainable=False, heads=False)
+        # Not the bare name: peft takes ".NAME" out of weights' names, and "model" is in all of them.
+        adapter = f"reward_{source.name}"
+        attach_adapter(policy.model, source.resolved.adapter, adapter, trainable=False, heads=False)
         head = ScoreHead(_hidden_size(policy.model)).requires_grad_(False)
         head.load_state_dict({"weight": _score_weight(source.resolved.adapter)})
-        scorer = ModelScorer(policy.model, head, batch_size=batch_size, adapter=source.name)
+        scorer = ModelScorer(policy.model, head, batch_size=batch_size, adapter=adapter)
     else:
         loaded = load_reward_model(source.section, source.tokenizer, quantization=recipe.quantization).model
         enable_segments(loaded)
