@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from chatalign.data.rows import BadRow, Conversation, Messages, Preference, Prompt, Row, Text, Unpaired
-from chatalign.data.turns import check_order, ends_with, kind_of, parse_json, read_tools, read_turns
+from chatalign.data.rows import BadRow, Conversation, Messages, Preference, Prompt, Row, Text, Unpaired, kind_of
+from chatalign.data.turns import check_order, ends_with, parse_json, read_tools, read_turns
 
 RawRow = Mapping[str, Any]
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"

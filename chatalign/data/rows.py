@@ -83,3 +83,11 @@ class BadRow(DataError):
     def reason(self) -> str:
         """What drops are counted by: field and problem, without the row."""
         return f"{self.field}: {self.problem}"
+
+
+def kind_of(value: Any) -> str:
+    """What stands where something else should: ``missing``, ``a list``, ``an int`` …"""
+    if value is None:
+        return "missing"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

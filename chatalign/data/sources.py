@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from chatalign.artifact import fingerprint, sha256_file
+from chatalign.data.rows import kind_of
 from chatalign.errors import DataError, HubError
 from chatalign.recipe import DatasetSource
 
@@ -151,7 +152,7 @@ def _read_json(path: Path) -> tuple[Part, list[str]]:
             raise DataError(f'{path}: a JSON object without one list of rows; write a list, or {{"data": […]}}')
         value = lists[0]
     if not isinstance(value, list):
-        raise DataError(f"{path}: holds a {type(value).__name__}, not a list of rows; write a list of objects")
+        raise DataError(f"{path}: holds {kind_of(value)}, not a list of rows; write a list of objects")
     return _objects(path, value, range(1, len(value) + 1))
 
 
@@ -190,7 +191,7 @@ def _objects(path: Path, values: list[Any], numbers: Sequence[int]) -> tuple[Par
         return Part(str(path), values, numbers), []
     kept = [(value, number) for value, number in zip(values, numbers, strict=True) if isinstance(value, dict)]
     problems = [
-        f"{path}:{number}: holds a {type(value).__name__}, not an object → {_MEND}"
+        f"{path}:{number}: holds {kind_of(value)}, not an object → {_MEND}"
         for value, number in zip(values, numbers, strict=True)
         if not isinstance(value, dict)
     ]

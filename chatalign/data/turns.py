@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from chatalign.data.rows import BadRow, Message, Messages, Tools
+from chatalign.data.rows import BadRow, Message, Messages, Tools, kind_of
 
 _ROLES = {
     "system": "system",
@@ -157,11 +157,3 @@ def _read_calls(value: Any, field: str) -> list[dict[str, Any]]:
             arguments = parse_json(arguments, f"{field}.arguments") if arguments.strip() else {}
         calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return calls
-
-
-def kind_of(value: Any) -> str:
-    """What stands where something else should: ``missing``, ``a list``, ``an int`` …"""
-    if value is None:
-        return "missing"
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
