@@ -124,7 +124,7 @@ class DpoTrainer(StageTrainer):
         if self.section.sft_weight > 0:  # its mean is over the step's chosen tokens, not the micro-batch's
             kept = [batch["sequence_index"] for batch in batch_samples if not batch.get("filler")]
             tokens = torch.tensor(float(sum(int((index % 2 == 0).sum()) for index in kept)), device=device)
-            self._tokens_per_reply = self._reduce(tokens) / pairs
+            self._tokens_per_reply = self.reduce(tokens) / pairs
         return pairs
 
     def _reference_logprobs(self, batch: Batch) -> Tensor:

@@ -235,7 +235,7 @@ class PpoTrainer(StageTrainer):
         """Move on to the next minibatch, or the next rollout where `target_kl` is passed; True at the run's end."""
         schedule, stop = self.play.schedule, False
         if self.section.target_kl is not None:
-            total, count = self._reduce(self._step_kl.to(self.args.device, torch.float32)).tolist()
+            total, count = self.reduce(self._step_kl.to(self.args.device, torch.float32)).tolist()
             stop = total / max(count, 1) > self.section.target_kl
             self._step_kl.zero_()
         before, self.position = self.position, schedule.after(self.position, skip_rollout=stop)
@@ -291,7 +291,7 @@ class PpoTrainer(StageTrainer):
         sums = MetricSums()
         observed = evaluation_metrics(collected.episodes, self.section, kl_coef=self.kl_controller.coef)
         sums.add({name: value.to(self.args.device) for name, value in observed.items()}, filler=filler)
-        return sums.drain(self._reduce)
+        return sums.drain(self.reduce)
 
     # Checkpoints
 

@@ -1,25 +1,21 @@
 """The trainer that every stage subclasses: transformers.Trainer with our batches, losses, metrics and checkpoints.
 
 A stage gives `objective`. The base divides work over micro-batches and processes so that 8 × 1 = 1 × 8, keeps
-metrics on the device between logs, stops on a loss that is not finite, seals each checkpoint with a manifest, and
-turns SIGINT and SIGTERM into a checkpoint and a message that says how to go on.
+metrics on the device between logs, and evaluates each row once; checkpoints and signals are its parent's.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from chatalign import checkpoint, tracking
+from chatalign import tracking
 from chatalign.engine.batching import (
     Batch,
     BinLoader,
@@ -34,9 +30,7 @@ from chatalign.engine.batching import (
 from chatalign.engine.isolation import enable_segments
 from chatalign.engine.loss_head import enable_chunked_head
 from chatalign.engine.metrics import MetricSums, Stopwatch
-from chatalign.engine.signals import StopRequest
-from chatalign.engine.weights import load_trainable, save_trainable
-from chatalign.errors import Interrupted, NonFiniteError
+from chatalign.engine.sealed import SealedTrainer
 from chatalign.recipe import StageRecipe
 from chatalign.runs import Run
 
@@ -44,7 +38,7 @@ Metrics = dict[str, Tensor]
 Items = Literal["tokens", "pairs"]
 
 
-class StageTrainer(Trainer):
+class StageTrainer(SealedTrainer):
     """Trains `model` on prepared rows by `objective`; see the methods that a stage overrides, first below.
 
     `items` is what a loss is the mean of, over the whole optimizer step and all processes. `packed` says whether
@@ -70,7 +64,6 @@ class StageTrainer(Trainer):
         self.saved_use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off for training
         enable_segments(model)
         enable_chunked_head(model)
-        self.model: nn.Module
         capacity = recipe.data.max_length if self.packed and recipe.data.packing else None
         eval_bins = None if eval_rows is None else make_bins(eval_rows, row_lengths(eval_rows), capacity)
         super().__init__(
@@ -86,12 +79,9 @@ class StageTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.metric_sums = MetricSums()
         self.stopwatch = Stopwatch()
-        self.stop = StopRequest()
         self._tokens = 0  # of this process since they were last added up
-        self._tokens_before = 0  # seen by the run before this process started
         self._first_bad = torch.full((), -1, device=args.device)
         tracking.attach(self, recipe, run)
-        self.add_callback(_StopWhenAsked(self))
 
     # What a stage overrides
 
@@ -112,13 +102,6 @@ class StageTrainer(Trainer):
     def derive(self, means: dict[str, float]) -> dict[str, float]:
         """Turn logged means into what is shown (a perplexity from a loss); called with every set of means."""
         return means
-
-    def stage_state(self) -> dict[str, Any]:
-        """JSON-able state of the stage that a resume must find again."""
-        return {}
-
-    def load_stage_state(self, state: Mapping[str, Any]) -> None:
-        """Take `stage_state` back."""
 
     # Batches
 
@@ -157,14 +140,7 @@ class StageTrainer(Trainer):
         count = sum(self.count_items(batch) for batch in batch_samples if not batch.get("filler"))
         if self.args.world_size == 1:
             return max(count, 1)
-        return self._reduce(torch.tensor(float(count), device=device)).clamp(min=1)
-
-    def _reduce(self, values: Tensor) -> Tensor:
-        """Sum over processes."""
-        if self.args.world_size == 1:
-            return values
-        total: Tensor = self.accelerator.reduce(values, reduction="sum")
-        return total
+        return self.reduce(torch.tensor(float(count), device=device)).clamp(min=1)
 
     # A step
 
@@ -194,20 +170,14 @@ class StageTrainer(Trainer):
         """Stop on a value that is not finite: at once on a CPU, elsewhere without a sync, at the next log or save."""
         if value.device.type == "cpu":
             if not math.isfinite(value.item()):
-                self._refuse(self.state.global_step + 1, name)
+                self.refuse_non_finite(self.state.global_step + 1, name)
         else:
             bad = ~value.detach().isfinite() & (self._first_bad < 0)
             self._first_bad = torch.where(bad, self.state.global_step + 1, self._first_bad)
 
     def _raise_if_bad(self) -> None:
         if (step := int(self._first_bad.item())) >= 0:
-            self._refuse(step, "loss or gradient norm")
-
-    def _refuse(self, step: int, name: str) -> None:
-        raise NonFiniteError(
-            f"step {step}: the {name} is not finite; lower `train.learning_rate` (now {self.args.learning_rate:g}), "
-            f"warm up longer, or use `train.bf16` in place of fp16; checkpoints before it are intact"
-        )
+            self.refuse_non_finite(step, "loss or gradient norm")
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """6 × parameters × tokens; the count of parameters is kept, transformers walks the modules at each step."""
@@ -221,23 +191,17 @@ class StageTrainer(Trainer):
         """Add the stage's means, tokens seen and tokens a second (training time alone) to each training log."""
         if "loss" in logs:
             self._raise_if_bad()
-            logs |= self.derive({**self.metric_sums.drain(self._reduce), "loss": logs["loss"]})
+            logs |= self.derive({**self.metric_sums.drain(self.reduce), "loss": logs["loss"]})
             logs["tokens"] = self.count_tokens()
             logs["tokens_per_s"] = self.tokens_per_s
         super().log(logs, start_time)
 
     def count_tokens(self) -> int:
         """Tokens that the run has trained on, over processes and resumes; every process must call it."""
-        new = self._reduce(torch.tensor(self._tokens, device=self.args.device))
+        new = self.reduce(torch.tensor(self._tokens, device=self.args.device))
         self._tokens = 0
         self.state.num_input_tokens_seen += int(new.item())
         return self.state.num_input_tokens_seen
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens a second of this process group's training time, as of the last count."""
-        seen = self.state.num_input_tokens_seen - self._tokens_before
-        return seen / max(self.stopwatch.seconds, 1e-9)
 
     # Evaluation
 
@@ -245,7 +209,7 @@ class StageTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss and metrics over the evaluation rows, each row counted once over all processes."""
-        if self.stop.received is not None:  # asked to stop: save and go
+        if self.stopping:  # after a signal: save and go
             return {}
         with self.stopwatch.paused():
             started = time.perf_counter()
@@ -269,79 +233,16 @@ class StageTrainer(Trainer):
                 loss, metrics = self.objective(model, self._prepare_inputs(host_batch), count)
                 sums.add({**metrics, "loss": loss.expand(count)}, filler=filler)
         model.train(training)
-        return sums.drain(self._reduce)
+        return sums.drain(self.reduce)
 
     # Checkpoints
 
-    def train(  # type: ignore[override]  # without hyperparameter search
-        self, resume_from_checkpoint: str | None = None
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:  # type: ignore[override]
         """Train to the end, or raise Interrupted after a signal, with a checkpoint saved."""
-        if resume_from_checkpoint is not None:
-            extra = checkpoint.read_manifest(resume_from_checkpoint)["extra"]
-            self._tokens_before = int(extra["tokens"])
-            self.load_stage_state(extra["stage"])
-        self.stopwatch.start()
-        with self.stop:
-            output = super().train(resume_from_checkpoint)
-        self.stopwatch.stop()
+        output = super().train(resume_from_checkpoint)
         self._raise_if_bad()
-        if self.stop.received is not None and self.state.global_step < self.state.max_steps:
-            raise Interrupted(
-                f"{self.stop.received}: saved at step {self.state.global_step} of {self.state.max_steps} in "
-                f"{self.run.checkpoints}; the same command goes on from there"
-            )
         return output
-
-    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # its arguments differ between versions
-        # A checkpoint of the last step inside an epoch: transformers would train one step more before it looks.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._raise_if_bad()
-        with self.stopwatch.paused():
-            tokens = self.count_tokens()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                folder = self.run.checkpoints / f"checkpoint-{self.state.global_step}"
-                extra = {"tokens": tokens, "stage": self.stage_state()}
-                checkpoint.write_manifest(folder, self.run.run_id, extra)
-                if (keep := self.recipe.train.save_total_limit) is not None:
-                    checkpoint.prune(self.run.checkpoints, keep=keep, run_id=self.run.run_id)
-            self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if state_dict is not None:  # gathered from shards
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            save_trainable(self.model, Path(output_dir or self.run.checkpoints))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if model is not None:  # sharded, and wrapped already
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_trainable(self.model, Path(resume_from_checkpoint))
-
-
-class _StopWhenAsked(TrainerCallback):
-    """After a signal: save at the end of this step and stop. Several processes agree on it at log steps."""
-
-    def __init__(self, trainer: StageTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Runs after transformers' own flow callback, which decides whether this step is logged."""
-        trainer = self.trainer
-        asked = trainer.stop.received is not None
-        if args.world_size > 1:
-            if not control.should_log:
-                return
-            votes = trainer._reduce(torch.tensor(float(asked), device=args.device))
-            if asked := bool(votes.item()):
-                trainer.stop.received = trainer.stop.received or "SIGTERM"
-        if asked:
-            control.should_save = control.should_training_stop = True
+        super()._save_checkpoint(model, trial)

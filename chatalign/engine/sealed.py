@@ -1,0 +1,148 @@
+"""Checkpoints that can be trusted and runs that can be stopped, for our trainers and TRL's alike.
+
+A mixin above ``transformers.Trainer``: it seals each checkpoint with a manifest, keeps trainable weights alone in
+it, turns SIGINT and SIGTERM into a checkpoint and a message, and stops on a loss that is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from chatalign import checkpoint
+from chatalign.engine.metrics import Stopwatch
+from chatalign.engine.signals import StopRequest
+from chatalign.engine.weights import load_trainable, save_trainable
+from chatalign.errors import Interrupted, NonFiniteError
+from chatalign.recipe import StageRecipe
+from chatalign.runs import Run
+
+
+class SealedTrainer(Trainer):
+    """`recipe` and `run` are set by a subclass, in its constructor or as class attributes, before it trains."""
+
+    recipe: StageRecipe
+    run: Run
+    model: nn.Module
+    saved_use_cache: bool | None = None  # the configuration's value, which Trainer turns off for training
+    stopping: bool = False  # all processes know that they stop at this step
+
+    def stage_state(self) -> dict[str, Any]:
+        """JSON-able state of the stage that a resume must find again."""
+        return {}
+
+    def load_stage_state(self, state: Mapping[str, Any]) -> None:
+        """Take `stage_state` back."""
+
+    def count_tokens(self) -> int:
+        """Tokens that the run has trained on, over processes and resumes; every process must call it."""
+        return int(self.state.num_input_tokens_seen)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second of this process group's training time, as of the last count."""
+        seen = int(self.state.num_input_tokens_seen) - self._tokens_before
+        return seen / max(self.stopwatch.seconds, 1e-9)
+
+    def train(  # type: ignore[override]  # without hyperparameter search
+        self, resume_from_checkpoint: str | None = None
+    ) -> TrainOutput:
+        """Train to the end, or raise Interrupted after a signal, with a checkpoint saved."""
+        self._tokens_before = 0  # seen by the run before this process started
+        self.stopwatch, self.stop = Stopwatch(), StopRequest()
+        if resume_from_checkpoint is not None:
+            extra = checkpoint.read_manifest(resume_from_checkpoint)["extra"]
+            self._tokens_before = int(extra["tokens"])
+            self.load_stage_state(extra["stage"])
+        self.add_callback(_StopWhenAsked(self))
+        self.stopwatch.start()
+        with self.stop:
+            output = super().train(resume_from_checkpoint)
+        self.stopwatch.stop()
+        if self.stopping and self.state.global_step < self.state.max_steps:
+            raise Interrupted(
+                f"{self.stop.received}: saved at step {self.state.global_step} of {self.state.max_steps} in "
+                f"{self.run.checkpoints}; the same command goes on from there"
+            )
+        return output
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum over processes."""
+        if self.args.world_size == 1:
+            return values
+        total: Tensor = self.accelerator.reduce(values, reduction="sum")
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Refuse a training loss or gradient norm that is not finite, then log."""
+        for name, shown in (("loss", "loss"), ("grad_norm", "gradient norm")):
+            if name in logs and not math.isfinite(logs[name]) and not (name == "grad_norm" and self.args.fp16):
+                self.refuse_non_finite(self.state.global_step, shown)
+        super().log(logs, start_time)
+
+    def refuse_non_finite(self, step: int, name: str) -> None:
+        """Raise NonFiniteError for a step."""
+        raise NonFiniteError(
+            f"step {step}: the {name} is not finite; lower `train.learning_rate` (now {self.args.learning_rate:g}), "
+            f"warm up longer, or use `train.bf16` in place of fp16; checkpoints before it are intact"
+        )
+
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # its arguments differ between versions
+        # A checkpoint of the last step inside an epoch: transformers would train one step more before it looks.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.stopwatch.paused():
+            tokens = self.count_tokens()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                folder = self.run.checkpoints / f"checkpoint-{self.state.global_step}"
+                extra = {"tokens": tokens, "stage": self.stage_state()}
+                checkpoint.write_manifest(folder, self.run.run_id, extra)
+                if (keep := self.recipe.train.save_total_limit) is not None:
+                    checkpoint.prune(self.run.checkpoints, keep=keep, run_id=self.run.run_id)
+            self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is not None:  # gathered from shards
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_trainable(self.model, Path(output_dir or self.run.checkpoints))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if model is not None:  # sharded, and wrapped already
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trainable(self.model, Path(resume_from_checkpoint))
+
+
+class _StopWhenAsked(TrainerCallback):
+    """After a signal: save at the end of this step and stop. Several processes agree on it at log steps."""
+
+    def __init__(self, trainer: SealedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Runs after transformers' own flow callback, which decides whether this step is logged."""
+        trainer = self.trainer
+        asked = trainer.stop.received is not None
+        if args.world_size > 1:
+            if not control.should_log:
+                return
+            votes = trainer.reduce(torch.tensor(float(asked), device=args.device))
+            if asked := bool(votes.item()):
+                trainer.stop.received = trainer.stop.received or "another process's signal"
+        if asked:
+            trainer.stopping = control.should_save = control.should_training_stop = True
