@@ -27,14 +27,13 @@ from chatalign.recipe import EvalRecipe, StageRecipe
 from chatalign.runs import Run, is_main_process
 
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
-# What a stage is watched by: the first of these that is logged is shown beside the bar, after the loss.
+# What a stage is watched by, beside the bar and after the loss.
 KEY_METRICS: dict[str, tuple[str, ...]] = {
-    "reward": ("accuracy", "rewards/accuracies", "eval_accuracy"),
-    "dpo": ("rewards/accuracies", "accuracy", "rewards/margins"),
+    "reward": ("accuracy",),
+    "dpo": ("rewards/accuracies",),
     "kto": ("rewards/margins",),
-    "ppo": ("objective/scores", "objective/score", "objective/rlhf_reward", "objective/kl"),
+    "ppo": ("objective/score", "objective/kl"),
 }
-SPEEDS = ("tokens_per_s", "tokens/s", "train_tokens_per_second")
 _PLAIN_LINE_EVERY_S = 60.0  # where there is no terminal: each tenth of the steps, and at least this often
 
 
@@ -280,11 +279,8 @@ def summary_of(stage: str, logs: Mapping[str, Any]) -> str:
     for name in KEY_METRICS.get(stage, ()):
         if isinstance(value := logs.get(name), int | float):
             parts.append(f"{name.rpartition('/')[2]} {value:.3f}")
-            break
-    for name in SPEEDS:
-        if isinstance(speed := logs.get(name), int | float):
-            parts.append(f"{speed:,.0f} tok/s")
-            break
+    if isinstance(speed := logs.get("tokens_per_s"), int | float):
+        parts.append(f"{speed:,.0f} tok/s")
     return " · ".join(parts)
 
 

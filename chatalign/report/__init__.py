@@ -2,6 +2,6 @@
 
 from chatalign.report.pipeline_report import write_pipeline_report
 from chatalign.report.run_report import write_run_report
-from chatalign.report.terminal import print_pipeline_summary
+from chatalign.report.terminal import print_evaluation, print_pipeline_summary
 
-__all__ = ["print_pipeline_summary", "write_pipeline_report", "write_run_report"]
+__all__ = ["print_evaluation", "print_pipeline_summary", "write_pipeline_report", "write_run_report"]

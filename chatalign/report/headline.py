@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# The first of these that a stage's artifact holds is the one shown for it.
-STAGE_HEADLINES: dict[str, tuple[str, ...]] = {
-    "pretrain": ("eval_loss", "train_loss", "loss"),
-    "sft": ("eval_loss", "train_loss", "loss"),
-    "reward": ("eval_accuracy", "eval_rewards/accuracies", "accuracy", "rewards/accuracies", "train_loss"),
-    "dpo": ("eval_rewards/accuracies", "rewards/accuracies", "eval_accuracy", "accuracy", "train_loss"),
-    "kto": ("eval_rewards/margins", "rewards/margins", "train_loss"),
-    "ppo": ("eval_score", "objective/scores", "objective/score", "objective/rlhf_reward", "objective/kl"),
+# What is shown for a stage: of each group the first that its artifact holds.
+STAGE_HEADLINES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "pretrain": (("eval_loss", "loss"),),
+    "sft": (("eval_loss", "loss"),),
+    "reward": (("eval_accuracy", "accuracy"),),
+    "dpo": (("eval_rewards/accuracies", "rewards/accuracies"), ("eval_rewards/margins", "rewards/margins")),
+    "kto": (("eval_rewards/margins", "rewards/margins"), ("eval_loss", "loss")),
+    "ppo": (("eval_objective/score", "objective/score"), ("eval_objective/kl", "objective/kl")),
 }
 
 
@@ -28,8 +28,9 @@ class Column(NamedTuple):
 EVAL_COLUMNS: tuple[Column, ...] = (
     Column("win_rate", "win rate", ".3f", "high"),
     Column("gold_mean", "gold", ".3f", "high"),
-    Column("rm_win_rate", "RM win rate", ".3f", "high"),
-    Column("rm_score", "RM score", ".3f", "high"),
+    # No best among the reward model's own: the more a policy over-optimises it, the higher they are.
+    Column("rm_win_rate", "RM win rate", ".3f"),
+    Column("rm_score", "RM score", ".3f"),
     Column("kl", "KL (nats)", ".2f"),
     Column("accuracy", "accuracy", ".3f", "high"),
     Column("format_rate", "format", ".3f", "high"),
@@ -43,15 +44,17 @@ EVAL_COLUMNS: tuple[Column, ...] = (
 
 
 def headline(stage: str, metrics: Mapping[str, Any]) -> str:
-    """``name value`` of the metric that matters for a stage, or a dash; an evaluation's is its best win rate."""
+    """``name value`` of what matters for a stage, or a dash; of an evaluation it is the best win rate."""
     if stage == "eval":
         rates = {name: value for name, value in metrics.items() if name.endswith(".win_rate")}
         best = max(rates, key=lambda name: rates[name], default=None)
         return f"{best} {rates[best]:.3f}" if best else "–"
-    for name in STAGE_HEADLINES.get(stage, ()):
-        if isinstance(value := metrics.get(name), int | float):
-            return f"{name} {value:.3f}"
-    return "–"
+    shown = []
+    for group in STAGE_HEADLINES.get(stage, ()):
+        name = next((name for name in group if _is_number(metrics.get(name))), None)
+        if name is not None:
+            shown.append(f"{name} {metrics[name]:.3f}")
+    return " · ".join(shown) or "–"
 
 
 def eval_columns(models: Mapping[str, Mapping[str, Any]]) -> list[Column]:

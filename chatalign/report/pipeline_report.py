@@ -6,20 +6,21 @@ import base64
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from chatalign.artifact import Artifact, load_artifact
 from chatalign.errors import ArtifactError, DependencyError
 from chatalign.metrics_file import METRICS_FILE, read_metrics
 from chatalign.report import plots
 from chatalign.report.headline import best_models, cell, duration, eval_columns, headline
-from chatalign.report.run_report import PLOTS_FOLDER, REPORT_FILE, markdown_table
+from chatalign.report.markdown import baseline_of, evaluation_sections, markdown_table, section
+from chatalign.report.run_report import PLOTS_FOLDER, REPORT_FILE
 from chatalign.report.terminal import reward_model_line
 
 HTML_FILE = "report.html"
-_LOSSES = ("loss", "loss/policy_avg")
-_REWARDS = ("objective/scores", "objective/score", "rewards/accuracies", "accuracy", "rewards/margins")
-_KLS = ("objective/kl", "kl")
+_LOSSES = ("loss",)
+_REWARDS = ("objective/score", "rewards/accuracies", "accuracy")
+_KLS = ("objective/kl",)
 
 
 def write_pipeline_report(folder: str | Path, summary: Mapping[str, Any]) -> Path:
@@ -30,45 +31,51 @@ def write_pipeline_report(folder: str | Path, summary: Mapping[str, Any]) -> Pat
     """
     folder = Path(folder)
     pictures, note = _pictures(folder, summary)
-    for name, (_, light, _) in pictures.items():
-        path = folder / PLOTS_FOLDER / f"{name}.png"
+    for picture in pictures:
+        path = folder / PLOTS_FOLDER / f"{picture.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(light)
-    view = _view(folder, summary) | {"note": note}
-    (folder / REPORT_FILE).write_text(
-        _markdown(view, {name: title for name, (title, _, _) in pictures.items()}), "utf-8"
-    )
-    html = _html(view, [(title, _inline(light), _inline(dark)) for title, light, dark in pictures.values()])
-    (folder / HTML_FILE).write_text(html, "utf-8")
+        path.write_bytes(picture.light)
+    view = _view(folder, summary) | {"note": note, "pictures": pictures}
+    (folder / REPORT_FILE).write_text(_markdown(summary, view), "utf-8")
+    (folder / HTML_FILE).write_text(_html(view), "utf-8")
     return folder / HTML_FILE
 
 
-def _pictures(folder: Path, summary: Mapping[str, Any]) -> tuple[dict[str, tuple[str, bytes, bytes]], str]:
-    """Name → (title, light PNG, dark PNG), and a line that says why where there is none."""
+class _Picture(NamedTuple):
+    """A plot for light and for dark pages; `width` is what it takes for all plots' texts to be of one size."""
+
+    name: str
+    title: str
+    light: bytes
+    dark: bytes
+
+    @property
+    def width(self) -> int:
+        """CSS pixels: three fifths of the PNG's own, which its header holds in bytes 16 to 19."""
+        return int.from_bytes(self.light[16:20]) * 3 // 5
+
+
+def _pictures(folder: Path, summary: Mapping[str, Any]) -> tuple[list[_Picture], str]:
+    """The plots, and a line that says why where there is none."""
     stages = {stage["name"]: read_metrics(folder / stage["name"] / METRICS_FILE) for stage in summary["stages"]}
     models = summary.get("eval", {})
     baseline = baseline_of(models)
-    drawings: dict[str, tuple[str, Callable[[bool], bytes | None]]] = {
-        "win_rates": ("Win rates", lambda dark: plots.win_rates(models, baseline, dark=dark)),
-        "reward_kl": ("Reward against KL", lambda dark: plots.reward_against_kl(models, baseline, dark=dark)),
-        "loss": ("Loss, stage by stage", lambda dark: plots.stage_curves(stages, _LOSSES, "loss", dark=dark)),
-        "reward": ("Reward and accuracy", lambda dark: plots.stage_curves(stages, _REWARDS, "", dark=dark)),
-        "kl": ("KL to the reference", lambda dark: plots.stage_curves(stages, _KLS, "nats a reply", dark=dark)),
+    drawings: dict[tuple[str, str], Callable[[bool], bytes | None]] = {
+        ("win_rates", "Win rates"): lambda dark: plots.win_rates(models, baseline, dark=dark),
+        ("reward_kl", "Reward against KL"): lambda dark: plots.reward_against_kl(models, baseline, dark=dark),
+        ("loss", "Loss, stage by stage"): lambda dark: plots.stage_curves(stages, _LOSSES, "loss", dark=dark),
+        ("reward", "Reward and accuracy"): lambda dark: plots.stage_curves(stages, _REWARDS, "", dark=dark),
+        ("kl", "KL to the reference"): lambda dark: plots.stage_curves(stages, _KLS, "nats a reply", dark=dark),
     }
-    pictures = {}
+    pictures = []
     try:
-        for name, (title, draw) in drawings.items():
+        for (name, title), draw in drawings.items():
             light, dark = draw(False), draw(True)
             if light is not None and dark is not None:
-                pictures[name] = (title, light, dark)
+                pictures.append(_Picture(name, title, light, dark))
     except DependencyError as error:
-        return {}, str(error)
+        return [], str(error)
     return pictures, ""
-
-
-def baseline_of(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """The model that others were held to: eval.json marks it; `baseline` where it doesn't."""
-    return next((name for name, row in models.items() if row.get("baseline") is True), "baseline")
 
 
 def _view(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,50 +133,43 @@ def _lineage(name: str, artifact: Artifact) -> dict[str, str]:
     }
 
 
-def _markdown(view: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+def _markdown(summary: Mapping[str, Any], view: Mapping[str, Any]) -> str:
     """The report as Markdown, plots beside it."""
-    bold = lambda text, wins: f"**{text}**" if wins else text  # noqa: E731
-    models = [(name, *(bold(text, wins) for text, wins in cells)) for name, cells in view["models"]]
     stages = [
         (stage["name"], stage["stage"], stage["status"], stage["time"], stage["speed"], stage["result"])
         for stage in view["stages"]
     ]
-    replies = [
-        (sample["prompt"], *(sample["replies"].get(name, "–") for name in view["names"])) for sample in view["samples"]
-    ]
+    plots_seen = "\n".join(f"![{plot.title}]({PLOTS_FOLDER}/{plot.name}.png)" for plot in view["pictures"])
+    lineage = [tuple(row.values()) for row in view["lineage"]]
     data = [
         (name, used.path, used.rows, used.used, sum(used.dropped.values()), used.sha256[:12])
         for name, used in view["data"]
     ]
-    sections = {
-        f"Results on {view['n']} held-out prompts, against {view['baseline']}": markdown_table(
-            ("model", *view["headings"]), models
-        )
-        + (f"\n\n{view['reward_model']}" if view["reward_model"] else ""),
-        "Stages": markdown_table(("stage", "kind", "status", "time", "tokens/s", "result"), stages),
-        "Plots": "\n".join(f"![{title}]({PLOTS_FOLDER}/{name}.png)" for name, title in pictures.items())
-        or (f"*{view['note']}*" if view["note"] else ""),
-        "Replies to the same prompts": markdown_table(("prompt", *view["names"]), replies),
-        "Lineage": markdown_table(
-            ("stage", "run", "from", "base", "weights", "fingerprint"), [tuple(row.values()) for row in view["lineage"]]
-        ),
-        "Data": markdown_table(("stage", "source", "rows", "used", "dropped", "sha256"), data),
-        "Versions": ", ".join(f"{name} {version}" for name, version in view["versions"].items()),
-    }
-    body = [f"## {title}\n\n{text}" for title, text in sections.items() if text.strip()]
-    return "\n\n".join([f"# {view['pipeline']}", f"{len(stages)} stages in {view['wall']}.", *body]) + "\n"
+    results, replies = evaluation_sections(
+        summary.get("eval", {}), summary.get("reward_model", {}), summary.get("samples", [])
+    )
+    parts = [
+        f"# {view['pipeline']}",
+        f"{len(stages)} stages in {view['wall']}.",
+        results,
+        section("Stages", markdown_table(("stage", "kind", "status", "time", "tokens/s", "result"), stages)),
+        section("Plots", plots_seen or (f"*{view['note']}*" if view["note"] else "")),
+        replies,
+        section("Lineage", markdown_table(("stage", "run", "from", "base", "weights", "fingerprint"), lineage)),
+        section("Data", markdown_table(("stage", "source", "rows", "used", "dropped", "sha256"), data)),
+        section("Versions", ", ".join(f"{name} {version}" for name, version in view["versions"].items())),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _html(view: Mapping[str, Any], pictures: list[tuple[str, str, str]]) -> str:
+def _html(view: Mapping[str, Any]) -> str:
     from jinja2 import Environment
 
     template = files("chatalign.report").joinpath("pipeline.html.j2").read_text("utf-8")
     # Replies are what a model wrote: escaped, whatever they hold.
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(template)
-        .render(**view, pictures=pictures)
-    )
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["inline"] = _inline
+    return environment.from_string(template).render(**view)
 
 
 def _inline(picture: bytes) -> str:

@@ -23,23 +23,28 @@ class Panel(NamedTuple):
 
 
 PANELS: tuple[Panel, ...] = (
-    Panel("loss", "loss", ("loss", "loss/total", "loss/policy_avg", "loss/value_avg")),
-    Panel("score", "reward-model score", ("objective/scores", "objective/score", "objective/rlhf_reward", "score")),
-    Panel("rewards", "reward", ("rewards/chosen", "rewards/rejected", "chosen_rewards", "rejected_rewards")),
+    Panel("loss", "nats", ("loss", "loss/policy", "loss/value", "loss/ptx")),
+    Panel("perplexity", "perplexity", ("perplexity",)),
+    Panel("score", "reward", ("objective/score", "objective/rlhf_reward", "score_mean")),
+    Panel("rewards", "reward", ("rewards/chosen", "rewards/rejected")),
     Panel("margins", "reward margin", ("rewards/margins", "margin")),
-    Panel("accuracy", "share", ("rewards/accuracies", "accuracy", "mean_token_accuracy", "token_accuracy")),
-    Panel("kl", "nats a reply", ("objective/kl", "kl", "objective/kl_k3")),
-    Panel("approx_kl", "nats", ("policy/approxkl", "policy/approxkl_avg")),
-    Panel(
-        "clipping", "share clipped", ("policy/clipfrac", "policy/clipfrac_avg", "value/clipfrac", "val/clipfrac_avg")
-    ),
-    Panel("value", "explained variance", ("value/explained_variance", "val/explained_variance")),
-    Panel("entropy", "nats a token", ("objective/entropy", "policy/entropy", "entropy")),
-    Panel("length", "tokens a reply", ("response/length", "objective/length", "response_length")),
-    Panel("ended", "share of replies", ("response/eos_rate", "eos_rate", "objective/eos_rate")),
+    Panel("accuracy", "share", ("rewards/accuracies", "accuracy", "mean_token_accuracy")),
+    Panel("logps", "nats a reply", ("logps/chosen", "logps/rejected")),
+    Panel("kl", "nats a reply", ("objective/kl", "objective/kl_k3", "kl")),
+    Panel("approx_kl", "nats a token", ("policy/approxkl",)),
+    Panel("clipping", "share clipped", ("policy/clipfrac", "value/clipfrac")),
+    Panel("value", "explained variance", ("value/explained_variance",)),
+    Panel("entropy", "nats", ("policy/entropy", "objective/entropy", "entropy")),
+    Panel("length", "tokens a reply", ("reply/length",)),
+    Panel("ended", "share of replies", ("reply/eos_rate",)),
+    Panel("logprob_gap", "nats a token", ("sampler/logprob_gap",)),
     Panel("grad_norm", "gradient norm", ("grad_norm",)),
-    Panel("learning_rate", "learning rate", ("learning_rate", "lr")),
-    Panel("speed", "tokens a second", ("tokens_per_s", "train_tokens_per_second")),
+    Panel("learning_rate", "learning rate", ("learning_rate",)),
+    Panel(
+        "speed",
+        "tokens a second",
+        ("tokens_per_s", "speed/rollout_tokens_per_s", "speed/score_tokens_per_s", "speed/update_tokens_per_s"),
+    ),
 )
 _COLOURS = ("#2f6fde", "#d9622b", "#2a9d6f", "#9b59b6", "#c2a000", "#6b7280")
 _CJK_FONTS = (
@@ -80,15 +85,15 @@ def stage_curves(stages: Mapping[str, Lines], keys: Sequence[str], label: str, *
 
 def win_rates(models: Mapping[str, Mapping[str, Any]], baseline: str, *, dark: bool) -> bytes | None:
     """A dot with its confidence interval for each model that has a win rate; None where none has."""
+    colours = _model_colours(models)
     rows = [(name, row) for name, row in models.items() if _number(row, "win_rate")]
     if not rows:
         return None
     with _look(dark=dark):
         figure, (axes,) = _figure(1, height=0.9 + 0.45 * len(rows), width=6.4)
-        for place, (_, row) in enumerate(reversed(rows)):
-            rate = row["win_rate"]
+        for place, (name, row) in enumerate(reversed(rows)):
+            rate, colour = row["win_rate"], colours[name]
             low, high = row.get("win_rate_ci") or (rate, rate)
-            colour = _COLOURS[(len(rows) - 1 - place) % len(_COLOURS)]
             axes.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="round")
             axes.plot([rate], [place], "o", color=colour, markersize=8)
             axes.annotate(f"{rate:.3f}", (rate, place), (0, 8), textcoords="offset points", ha="center")
@@ -108,13 +113,18 @@ def reward_against_kl(models: Mapping[str, Mapping[str, Any]], baseline: str, *,
         return None
     with _look(dark=dark):
         figure, (axes,) = _figure(1, height=3.0, width=6.4)
-        for place, (name, row) in enumerate(points.items()):
-            axes.plot([row["kl"]], [row[key]], "o", color=_COLOURS[place % len(_COLOURS)], markersize=8)
+        for name, row in points.items():
+            axes.plot([row["kl"]], [row[key]], "o", color=_model_colours(models)[name], markersize=8)
             axes.annotate(name, (row["kl"], row[key]), (8, 5), textcoords="offset points")
         axes.margins(0.15)
         axes.set_xlabel(f"KL from {baseline}, nats a reply")
         axes.set_ylabel("mean gold reward" if key == "gold_mean" else "mean RM score")
         return _png(figure)
+
+
+def _model_colours(models: Mapping[str, Any]) -> dict[str, str]:
+    """A model has one colour in every plot."""
+    return {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(models)}
 
 
 def _number(row: Mapping[str, Any], key: str) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from chatalign.artifact import Artifact, load_artifact
 from chatalign.errors import DependencyError
 from chatalign.metrics_file import METRICS_FILE, read_metrics
 from chatalign.report.headline import duration, headline
-from chatalign.report.plots import run_plots
+from chatalign.report.markdown import baseline_of, evaluation_sections, markdown_table, section
+from chatalign.report.plots import reward_against_kl, run_plots, win_rates
 
 REPORT_FILE = "report.md"
 PLOTS_FOLDER = "plots"
+EVAL_FILE = "eval.json"
 
 
 def write_run_report(folder: str | Path) -> Path:
@@ -29,38 +32,42 @@ def write_run_report(folder: str | Path) -> Path:
     parts = [
         f"# {artifact.stage} run `{artifact.run_id}`",
         _facts(artifact),
-        _section("How it went", _pictures(pictures) or note),
-        _section("Metrics", _metrics(artifact)),
-        _section("Data", _data(artifact)),
-        _section("Lineage", _lineage(artifact)),
-        _section("Recipe", f"```yaml\n{yaml.safe_dump(artifact.recipe, sort_keys=False, allow_unicode=True)}```"),
-        _section("Versions", ", ".join(f"{name} {version}" for name, version in artifact.versions.items())),
+        *_evaluation(folder),
+        section("How it went", _pictures(pictures) or note),
+        section("Metrics", _metrics(artifact) if artifact.kind != "evaluation" else ""),
+        section("Data", _data(artifact)),
+        section("Lineage", _lineage(artifact)),
+        section("Recipe", f"```yaml\n{yaml.safe_dump(artifact.recipe, sort_keys=False, allow_unicode=True)}```"),
+        section("Versions", ", ".join(f"{name} {version}" for name, version in artifact.versions.items())),
     ]
     path = folder / REPORT_FILE
     path.write_text("\n\n".join(part for part in parts if part) + "\n", "utf-8")
     return path
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; pipes and line breaks inside cells are escaped. Empty without rows."""
-    lines = ["| " + " | ".join(_escape(value) for value in row) + " |" for row in rows]
-    if not lines:
-        return ""
-    return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *lines])
+def _evaluation(folder: Path) -> list[str]:
+    """Results and replies, where the run is an evaluation."""
+    results = read_evaluation(folder)
+    return evaluation_sections(results["models"], results["reward_model"], results["samples"]) if results else []
 
 
-def _escape(value: Any) -> str:
-    """A cell's text, shown as it is: replies may hold Markdown, HTML or leaked special tokens."""
-    text = str(value)
-    for character, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("\n", "<br>")):
-        text = text.replace(character, escaped)
-    return text
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """What ``eval.json`` of a run folder holds; empty where there is none."""
+    path = folder / EVAL_FILE
+    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
 
 
 def _write_plots(folder: Path) -> tuple[list[str], str]:
     """The names of the plots written, and a line that says why where there is none."""
+    models = read_evaluation(folder).get("models", {})
     try:
         pictures = run_plots(read_metrics(folder / METRICS_FILE))
+        for name, picture in (
+            ("win_rates", win_rates(models, baseline_of(models), dark=False)),
+            ("reward_kl", reward_against_kl(models, baseline_of(models), dark=False)),
+        ):
+            if picture is not None:
+                pictures[name] = picture
     except DependencyError as error:
         return [], f"*{error}*"
     for name, picture in pictures.items():
@@ -68,10 +75,6 @@ def _write_plots(folder: Path) -> tuple[list[str], str]:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(picture)
     return list(pictures), ""
-
-
-def _section(title: str, body: str) -> str:
-    return f"## {title}\n\n{body}" if body else ""
 
 
 def _pictures(names: Sequence[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +17,18 @@ from chatalign.report.headline import best_models, cell, duration, eval_columns,
 def print_pipeline_summary(summary: Mapping[str, Any], console: Console) -> None:
     """Print stages, evaluation, reward model and replies side by side, from what ``summary.json`` holds."""
     console.print(_stages(summary))
+    _print_results(summary, console)
+
+
+def print_evaluation(folder: str | Path, console: Console) -> None:
+    """Print the tables of one evaluation run, from its ``eval.json``; nothing where the folder has none."""
+    path = Path(folder) / "eval.json"
+    if path.is_file():
+        results = json.loads(path.read_text("utf-8"))
+        _print_results({**results, "eval": results["models"]}, console)
+
+
+def _print_results(summary: Mapping[str, Any], console: Console) -> None:
     if models := summary.get("eval"):
         console.print(_evaluation(models))
     if reward_model := summary.get("reward_model"):
