@@ -26,7 +26,7 @@ from chatalign.models.load import (
     refuse_half_precision,
 )
 from chatalign.models.reference import REFERENCE_ADAPTER, Reference
-from chatalign.models.resolve import ADAPTER_CONFIG, Resolved, base_sha256, resolve, write_base_ref
+from chatalign.models.resolve import Resolved, base_sha256, resolve, write_base_ref
 from chatalign.models.tokenizer import stop_token_ids
 from chatalign.recipe import LoraSection, ModelSection, QuantizationSection, StageRecipe
 
@@ -303,20 +303,3 @@ def load_inference(section: ModelSection, tokenizer: Any, *, quantization: Quant
     if resolved.adapter is not None:
         model = continue_adapter(model, resolved.adapter, None, base_ref)
     return model.eval().requires_grad_(False)
-
-
-__all__ = [
-    "ADAPTER_CONFIG",
-    "Policy",
-    "attach_adapter",
-    "continue_adapter",
-    "load_adapter_weights",
-    "load_inference",
-    "load_policy",
-    "new_adapter",
-    "read_adapter",
-    "read_lora_config",
-    "ready_to_train",
-    "refuse_other_lora",
-    "save_model",
-]

@@ -70,8 +70,9 @@ def load_base(
             f"{resolved.base}: {len(names)} weights are missing or misshapen, such as {names[0]}; "
             f"they would be random; fetch the model again"
         )
-    for module in model.modules():  # bitsandbytes repacks 4-bit weights in place at the first eval pass on a CPU,
-        if getattr(module, "support_avx512bf16_for_cpu", False):  # so that train and eval would compute differently
+    # On a CPU bitsandbytes repacks 4-bit weights in place at the first eval pass: train and eval would then differ.
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
     return model
 

@@ -56,7 +56,7 @@ class Reference:
             return dict(self.module.named_parameters())
         named = self._policy.named_parameters()
         if self.way == "adapter":
-            return {name: p for name, p in named if f".{REFERENCE_ADAPTER}." in name}
+            return {name: p for name, p in named if REFERENCE_ADAPTER in name.split(".")}
         return {name: p for name, p in named if not p.requires_grad and "lora_" not in name}
 
 

@@ -90,7 +90,7 @@ def _resolve_adapter(folder: Path, artifact: Artifact | None) -> Resolved:
     if not base:
         raise ModelError(f"{folder / ADAPTER_CONFIG}: names no base model; set `base_model_name_or_path`")
     revision = (recorded.revision if recorded else config.get("revision")) or "main"
-    inner = Path(base)
+    inner = _from_where_it_was_saved(base, folder)
     if inner.is_dir():
         inner_resolved = _resolve_folder(inner, revision)
         if inner_resolved.adapter is not None:
@@ -110,6 +110,12 @@ def _resolve_adapter(folder: Path, artifact: Artifact | None) -> Resolved:
         artifact=artifact,
         expected_base_sha256=recorded.sha256 if recorded else None,
     )
+
+
+def _from_where_it_was_saved(base: str, adapter: Path) -> Path:
+    """A base's folder, relative to here or, for an adapter opened from elsewhere, to a folder above the adapter."""
+    places = [Path(base), *(parent / base for parent in adapter.resolve().parents)]
+    return next((place for place in places if place.is_dir()), Path(base))
 
 
 def read_base_ref(folder: str | Path) -> BaseModelRef | None:

@@ -36,6 +36,7 @@ def adapter_copy(tmp_path: Path, sft_adapter: Path) -> Path:
         ("adapter", {}, "adapter"),
         ("adapter", {"lora": LORA}, "adapter"),
         ("adapter", {"quantization": QLORA}, "adapter"),
+        ("adapter", {"quantization": {"load_in_8bit": True}}, "adapter"),
         ("base", {"lora": LORA}, "disabled"),
         ("base", {"lora": LORA, "quantization": QLORA}, "disabled"),
         ("base", {}, "copy"),

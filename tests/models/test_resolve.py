@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,20 @@ def test_run_folder_is_its_model(sft_adapter: Path, tmp_path: Path) -> None:
         assert found.adapter == tmp_path / "model"
         assert found.artifact is not None
         assert found.artifact.run_id == "r1"
+
+
+def test_adapter_opened_from_another_place_finds_its_base(
+    tiny_model_folder: Path, sft_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = tmp_path / "runs" / "base" / "model", tmp_path / "runs" / "sft" / "model"
+    shutil.copytree(tiny_model_folder, base)
+    shutil.copytree(sft_adapter, adapter)
+    record = adapter / "base_model.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"name_or_path": "runs/base/model"}))
+    monkeypatch.chdir(tmp_path)
+    assert resolve("runs/sft/model").base == "runs/base/model"
+    monkeypatch.chdir(base)
+    assert resolve(str(adapter)).base == str(base)
 
 
 def test_unfinished_run_is_refused(tmp_path: Path) -> None:
