@@ -32,6 +32,7 @@ def short(*, prompts, replies, extras):
     return [0.0]
 '''
 LORA = {"r": 4, "lora_alpha": 8}
+Make = Callable[..., PpoRecipe]
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +51,7 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_recipe(
-    tmp_path: Path, tiny_model_folder: Path, reward_file: Path, prompt_file: Path
-) -> Callable[..., PpoRecipe]:
+def make_recipe(tmp_path: Path, tiny_model_folder: Path, reward_file: Path, prompt_file: Path) -> Make:
     """`make_recipe(name, {"ppo": {...}, "train": {...}, …})`: a tiny recipe with some keys changed."""
 
     def make(name: str = "run", over: dict[str, Any] | None = None) -> PpoRecipe:
@@ -74,6 +73,8 @@ def make_recipe(
                 "per_device_train_batch_size": 2,
                 "logging_steps": 1,
                 "save_strategy": "no",
+                "warmup_steps": 0,
+                "lr_scheduler_type": "constant",
                 "use_cpu": True,
             },
         }
