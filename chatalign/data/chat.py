@@ -100,11 +100,11 @@ def chat_encoder(tokenizer: Any) -> ChatEncoder:
     template = tokenizer.chat_template
     if not template:
         raise TemplateError("the tokenizer has no chat template; give model.chat_template_path")
-    return _encoder(tokenizer, str(template), len(tokenizer))
+    return _encoder(tokenizer, str(template), tuple(tokenizer.all_special_tokens), len(tokenizer))
 
 
 @lru_cache(maxsize=8)
-def _encoder(tokenizer: Any, template: str, size: int) -> ChatEncoder:
+def _encoder(tokenizer: Any, template: str, special: tuple[str, ...], size: int) -> ChatEncoder:
     return ChatEncoder(tokenizer)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from multiprocessing import get_context
+from typing import Any
 
 import datasets
 
 from chatalign.artifact import DataUsed
-from chatalign.data.encode import RowEncoder
+from chatalign.data.encode import Columns, RowEncoder
 from chatalign.data.formats import format_of, normalise
 from chatalign.data.lengths import Dropped
 from chatalign.data.mixing import is_eval, mixture, prompt_hash
@@ -23,7 +26,6 @@ from chatalign.recipe import DataSection, DatasetSource
 logger = logging.getLogger(__name__)
 LOST_TARGETS_LIMIT = 0.01  # a larger share of rows without targets is a mistake in max_length, not in the rows
 _CHUNK = 1000
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -145,21 +147,46 @@ def _encode(
 ) -> list[dict[str, Any]]:
     """The encoded rows of one source; those left out are counted in `loaded`."""
     made: list[dict[str, Any]] = []
-    for chunk in _chunks(rows, _CHUNK):
-        for (where, _), columns in zip(chunk, encoder.encode([row for _, row in chunk]), strict=True):
-            if isinstance(columns, BadRow):
-                if section.on_bad_row == "error":
-                    raise DataError(f"{where}: {columns}")
-                loaded.dropped[columns.reason] += 1
-            elif isinstance(columns, Dropped):
-                if section.on_overlong == "error":
-                    raise DataError(f"{where}: {columns.reason} → raise it, cut the row, or set data.on_overlong")
-                loaded.dropped[columns.reason] += 1
-                loaded.lost_targets += columns.lost_target
-            else:
-                loaded.used += 1
-                made += columns
+    for (where, _), columns in zip(rows, _encoded([row for _, row in rows], encoder, section.num_proc), strict=True):
+        if isinstance(columns, BadRow):
+            if section.on_bad_row == "error":
+                raise DataError(f"{where}: {columns}")
+            loaded.dropped[columns.reason] += 1
+        elif isinstance(columns, Dropped):
+            if section.on_overlong == "error":
+                raise DataError(f"{where}: {columns.reason} → raise it, cut the row, or set data.on_overlong")
+            loaded.dropped[columns.reason] += 1
+            loaded.lost_targets += columns.lost_target
+        else:
+            loaded.used += 1
+            made += columns
     return made
+
+
+def _encoded(rows: list[Row], encoder: RowEncoder, num_proc: int | None) -> Iterator[list[Columns] | BadRow | Dropped]:
+    """The rows encoded in order, in chunks; in `num_proc` processes where asked for and worth starting."""
+    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+    workers = min(num_proc or 1, len(chunks))
+    if workers < 2:
+        for chunk in chunks:
+            yield from encoder.encode(chunk)
+        return
+    # Spawned, not forked: a fork of a process with torch's and tokenizers' threads can hang.
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder,)) as pool:
+        for made in pool.map(_encode_chunk, chunks):
+            yield from made
+
+
+_worker: list[RowEncoder] = []
+
+
+def _start_worker(encoder: RowEncoder) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker[:] = [encoder]
+
+
+def _encode_chunk(rows: list[Row]) -> list[list[Columns] | BadRow | Dropped]:
+    return _worker[0].encode(rows)
 
 
 def _check_account(loaded: _Source, section: DataSection) -> None:
@@ -168,11 +195,6 @@ def _check_account(loaded: _Source, section: DataSection) -> None:
             f"{loaded.source.path}: {loaded.lost_targets} of {loaded.total} rows have nothing left to learn within "
             f"data.max_length {section.max_length}; raise it, or leave long rows out with data.on_overlong: drop"
         )
-
-
-def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _starts(groups: Sequence[Sequence[Any]]) -> list[int]:

@@ -79,6 +79,10 @@ class BadRow(DataError):
         self.problem = problem
         self.mend = mend
 
+    def __reduce__(self) -> tuple[type[BadRow], tuple[str, str, str]]:
+        # Exceptions pickle by their message alone; worker processes send these back.
+        return BadRow, (self.field, self.problem, self.mend)
+
     @property
     def reason(self) -> str:
         """What drops are counted by: field and problem, without the row."""

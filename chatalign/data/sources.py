@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import sys
@@ -250,7 +251,7 @@ def _read_saved(source: DatasetSource, folder: Path) -> Rows:
         if source.split not in saved:
             raise DataError(f"{folder}: has no split `{source.split}`; it has {', '.join(saved)}")
         saved = saved[source.split]
-    return Rows(source, [Part(str(folder), saved)], fingerprint(saved.to_list()))
+    return Rows(source, [Part(str(folder), saved)], _sha256_rows(saved))
 
 
 def _read_hub(source: DatasetSource) -> Rows:
@@ -270,4 +271,12 @@ def _read_hub(source: DatasetSource) -> Rows:
         ) from None
     except ValueError as error:  # unknown configuration or split; datasets' message lists the right ones
         raise DataError(f"{label}: {' '.join(str(error).split())}") from None
-    return Rows(source, [Part(label, loaded)], fingerprint(loaded.to_list()))
+    return Rows(source, [Part(label, loaded)], _sha256_rows(loaded))
+
+
+def _sha256_rows(rows: Any) -> str:
+    """The hash of a Dataset's content, wherever and in how many files it lies."""
+    sha256 = hashlib.sha256()
+    for row in rows:
+        sha256.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+    return sha256.hexdigest()
