@@ -119,6 +119,9 @@ def _card_text(artifact: Artifact, repo_id: str, base: str | None) -> str:
     opening = what.get(artifact.kind, "A reward model" if artifact.kind == "reward_model" else "A language model")
     lines = [f"# {repo_id.rpartition('/')[2]}", ""]
     lines += [f"{opening}, made by chatalign's `{artifact.stage}` stage from `{_scrub(base or 'nothing')}`.", ""]
+    if artifact.kind.endswith("adapter") and artifact.base_model and not _is_hub_id(artifact.base_model.name_or_path):
+        lines += [f"That base is a local folder (weights' sha256 {artifact.base_model.sha256}): publish it too, or", ""]
+        lines[-2] += " merge the adapter into it (`chatalign merge`) and publish the whole model."
     lines += ["| metric | value |", "|---|---|"]
     lines += [f"| {name} | {value:.6g} |" for name, value in sorted(artifact.metrics.items())]
     lines += ["", f"Tokens seen: {artifact.tokens_seen:,}. Run `{artifact.run_id}`. Lineage, recipe and versions: "]

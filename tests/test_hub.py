@@ -154,6 +154,16 @@ def test_what_must_not_be_pushed(fault: str, run_folder: Path) -> None:
         push(run_folder, "me/pocket")
 
 
+def test_adapter_of_a_local_base_says_so(run_folder: Path) -> None:
+    content = json.loads((run_folder / "artifact.json").read_text())
+    local = content | {"base_model": {"name_or_path": "/home/me/base", "revision": None, "sha256": "abc"}}
+    card = contents_to_push(run_folder, Artifact.model_validate(local), "me/pocket")["README.md"]
+    assert isinstance(card, bytes)
+    assert b"local folder (weights' sha256 abc)" in card
+    assert b"/home/me" not in card
+    assert b"base_model:" not in card
+
+
 def test_reward_model_is_labelled_so(run_folder: Path) -> None:
     content = json.loads((run_folder / "artifact.json").read_text())
     artifact = Artifact.model_validate(content | {"kind": "reward_model", "stage": "reward", "base_model": None})
