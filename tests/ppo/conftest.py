@@ -81,3 +81,28 @@ def make_recipe(tmp_path: Path, tiny_model_folder: Path, reward_file: Path, prom
         return PpoRecipe.model_validate(merge(base, over or {}))
 
     return make
+
+
+def built(recipe: PpoRecipe, *, stop_ids: list[int] | None = None) -> Any:
+    """The trainer that `ppo.run` would train, to be looked into; `stop_ids` make a random model's replies end."""
+    from chatalign.data import prepare
+    from chatalign.engine.ppo_roles import build_roles
+    from chatalign.engine.ppo_setup import build_trainer
+    from chatalign.models.adapters import load_policy
+    from chatalign.models.tokenizer import load_tokenizer
+    from chatalign.runs import open_run
+
+    tokenizer = load_tokenizer(recipe.model, chat=True)
+    prepared = prepare(recipe.data, tokenizer, "prompt", seed=recipe.train.seed)
+    policy = load_policy(recipe, tokenizer)
+    stops = [tokenizer.eos_token_id] if stop_ids is None else stop_ids
+    return build_trainer(
+        recipe=recipe,
+        run=open_run(recipe),
+        roles=build_roles(recipe, policy, tokenizer, stops),
+        tokenizer=tokenizer,
+        prompt_rows=prepared.train,
+        eval_rows=None,
+        ptx_rows=None,
+        stop_ids=stops,
+    )
