@@ -217,7 +217,7 @@ def forbid_tokens(model: Any, token_ids: Sequence[int]) -> bool:
     if type(layer) is not nn.Linear or layer.bias is not None or hasattr(layer.weight, "ds_id"):
         return False
     bias = torch.zeros(layer.out_features, dtype=layer.weight.dtype, device=layer.weight.device)
-    bias[list(token_ids)] = _FORBIDDEN
+    bias[[token for token in token_ids if token < layer.out_features]] = _FORBIDDEN
     del layer._parameters["bias"]
     layer.register_buffer("bias", bias, persistent=False)
     return True

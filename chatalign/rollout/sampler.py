@@ -32,13 +32,12 @@ class Sampler:
     """Draws tokens as a `Sampling` says; holds its masks on the device."""
 
     def __init__(self, sampling: Sampling, vocabulary: int, device: torch.device) -> None:
-        """Raises ValueError where a forbidden or stop token lies outside the vocabulary of the logits."""
-        named = [*sampling.forbidden_token_ids, *sampling.stop_token_ids]
-        if named and not 0 <= min(named) <= max(named) < vocabulary:
-            raise ValueError(f"stop and forbidden tokens {sorted(named)} reach outside 0 … {vocabulary - 1}")
         self.sampling = sampling
-        self.stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
-        self.forbidden_ids = torch.tensor(sampling.forbidden_token_ids, dtype=torch.long, device=device)
+        # Published generation configs name stop tokens that their model doesn't have: those never come anyway.
+        self.stop_ids, self.forbidden_ids = (
+            torch.tensor([token for token in tokens if 0 <= token < vocabulary], dtype=torch.long, device=device)
+            for tokens in (sampling.stop_token_ids, sampling.forbidden_token_ids)
+        )
 
     def draw(self, logits_BV: Tensor, uniforms_B: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Tokens and their log-probabilities before truncation, both (B,); `step` counts new tokens from 0."""

@@ -106,3 +106,56 @@ def built(recipe: PpoRecipe, *, stop_ids: list[int] | None = None) -> Any:
         ptx_rows=None,
         stop_ids=stops,
     )
+
+
+@pytest.fixture(scope="session")
+def sft_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """A finished SFT adapter on the tiny model."""
+    from chatalign import sft
+    from chatalign.recipe import SftRecipe
+
+    folder = tmp_path_factory.mktemp("sft")
+    rows = folder / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": text, "completion": "thank you"}) + "\n" for text in PROMPTS), "utf-8"
+    )
+    recipe = {
+        "stage": "sft",
+        "output_dir": str(folder / "run"),
+        "model": {"name_or_path": str(tiny_model_folder)},
+        "lora": LORA,
+        "data": {"datasets": [{"path": str(rows)}]},
+        "train": {"learning_rate": 1e-2, "save_strategy": "no", "use_cpu": True},
+    }
+    sft.run(SftRecipe.model_validate(recipe))
+    return folder / "run"
+
+
+def train_reward(folder: Path, model: Path, over: dict[str, Any] | None = None) -> Path:
+    """A finished reward model from `model`, on eight pairs."""
+    from chatalign import reward
+    from chatalign.recipe import RewardRecipe
+
+    pairs = [{"prompt": text, "chosen": "thank you!", "rejected": f"{i} hello"} for i, text in enumerate(PROMPTS)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
+    recipe: dict[str, Any] = {
+        "stage": "reward",
+        "output_dir": str(folder / "run"),
+        "model": {"name_or_path": str(model)},
+        "data": {"datasets": [{"path": str(folder / "pairs.jsonl")}]},
+        "train": {"learning_rate": 1e-2, "save_strategy": "no", "use_cpu": True},
+    }
+    reward.run(RewardRecipe.model_validate(merge(recipe, over or {})))
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def reward_adapter_run(tmp_path_factory: pytest.TempPathFactory, sft_run: Path) -> Path:
+    """A reward adapter that started from the SFT adapter, on the same base."""
+    return train_reward(tmp_path_factory.mktemp("reward-adapter"), sft_run)
+
+
+@pytest.fixture(scope="session")
+def reward_full_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """A reward model with all weights trained, from the tiny model."""
+    return train_reward(tmp_path_factory.mktemp("reward-full"), tiny_model_folder, {"train": {"learning_rate": 1e-3}})

@@ -47,10 +47,12 @@ def test_row_uniforms_depend_on_seed_and_row_alone() -> None:
     assert torch.corrcoef(many.T).fill_diagonal_(0).abs().max() < 0.1
 
 
-def test_a_token_outside_the_vocabulary_is_refused() -> None:
-    sampling = Sampling(max_new_tokens=1, stop_token_ids=(3,), forbidden_token_ids=(50,))
-    with pytest.raises(ValueError, match="reach outside 0 … 39"):
-        Sampler(sampling, 40, torch.device("cpu"))
+def test_a_stop_token_outside_the_vocabulary_is_passed_over() -> None:
+    sampling = Sampling(max_new_tokens=2, min_new_tokens=1, stop_token_ids=(3, 50_000), forbidden_token_ids=(60_000,))
+    sampler = Sampler(sampling, 5, torch.device("cpu"))
+    logits = torch.tensor([[0.0, 0.0, 0.0, 9.0, 0.0]])
+    assert int(sampler.draw(logits, torch.tensor([0.5]), step=0)[0]) != 3
+    assert sampler.stops(torch.tensor([3, 4])).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
