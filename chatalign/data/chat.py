@@ -172,7 +172,7 @@ class ChatEncoder:
             try:
                 texts.append((self.template.render(messages, tools=tools, add_generation_prompt=True), guarded))
             except TemplateError as error:
-                texts.append(BadRow("prompt", str(error), "or take the row out"))
+                texts.append(BadRow("prompt", *_halves(error)))
         encodings = iter(self._encodings([text for text in texts if not isinstance(text, BadRow)]))
         return [text if isinstance(text, BadRow) else next(encodings).ids for text in texts]
 
@@ -196,10 +196,10 @@ class ChatEncoder:
             return [self._job(row, supervise)]
         except NotPrefixPreserving as error:
             replies = _target_turns(row.messages, row.first_supervised, supervise)
-            if supervise == "all" or len(replies) == 1:
-                raise BadRow("messages", str(error), "or give single-turn rows") from None
+            if supervise == "all" or (len(replies) == 1 and replies[0] == len(row.messages) - 1):
+                raise BadRow("messages", *_halves(error)) from None
         except TemplateError as error:
-            raise BadRow("messages", str(error), "or take the row out") from None
+            raise BadRow("messages", *_halves(error)) from None
         jobs = []
         for reply in replies:
             alone = Conversation(messages=row.messages[: reply + 1], tools=row.tools, first_supervised=reply)
@@ -272,6 +272,12 @@ class ChatEncoder:
 def _target_turns(messages: Sequence[Message], first_supervised: int, supervise: Supervise) -> tuple[int, ...]:
     turns = tuple(i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= first_supervised)
     return turns[-1:] if supervise == "last_assistant" else turns
+
+
+def _halves(error: TemplateError) -> tuple[str, str]:
+    """A template's error as a row's problem and mend."""
+    problem, _, mend = str(error).rpartition("; ")
+    return problem, mend
 
 
 def _cut(encoded: Encoded) -> tuple[list[int], list[int]]:

@@ -201,14 +201,14 @@ def _objects(path: Path, values: list[Any], numbers: Sequence[int]) -> tuple[Par
 
 def _read_csv(path: Path) -> tuple[Part, list[str]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), restkey="", strict=True)
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
     rows, numbers, problems = [], [], []
     try:
         for number, row in enumerate(reader, start=1):
-            if "" in row or None in row.values():
+            if None in row or None in row.values():  # DictReader's marks for too many and too few fields
                 problems.append(f"{path}:{number}: has another number of fields than the header → {_MEND}")
                 continue
-            rows.append({name: value if value != "" else None for name, value in row.items()})
+            rows.append({name: value if value != "" else None for name, value in row.items() if name})
             numbers.append(number)
     except csv.Error as error:
         raise DataError(f"{path}:{len(rows) + 1}: broken CSV ({error}) → {_MEND}") from None

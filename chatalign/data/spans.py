@@ -33,6 +33,16 @@ class Rendered:
     append_stop: bool = False
 
 
+def _not_a_beginning(prompt: str, text: str) -> str:
+    shared = next((i for i, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1]), len(text))
+    begin = max(shared - 12, 0)
+    return (
+        f"the chat template serves a prompt that ends in {prompt[begin:]!r} where the rendered conversation goes on "
+        f"with {text[begin : shared + 20]!r}, so a reply's start is unknown; set model.chat_template_path to a "
+        "template in which both agree"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Shape:
     """A rendering with slots: literals[0] slot literals[1] slot …; spans as (literal, offset in it) on both ends."""
@@ -69,18 +79,18 @@ class SpanFinder:
         for turn in turns:
             prompt = self.template.render(messages[:turn], tools=tools, add_generation_prompt=True)
             if not text.startswith(prompt):
-                raise NotPrefixPreserving(
-                    f"the chat template's generation prompt for turn {turn} is no beginning of the rendered "
-                    "conversation, so a reply's start is unknown; give a template in which it is"
-                )
+                raise NotPrefixPreserving(_not_a_beginning(prompt, text))
             last = turn == len(messages) - 1
             upto = text if last else self.template.render(messages[: turn + 1], tools=tools)
-            if not text.startswith(upto):
+            end, has_stop = self._stop(upto, len(prompt))
+            if not has_stop and not last and (follower := self._special_at(text, len(upto))):
+                end, has_stop = len(upto) + len(follower), True
+                upto += follower  # GLM ends a turn by the next role's token
+            if not text.startswith(upto[:end]):
                 raise NotPrefixPreserving(
                     f"the chat template renders turn {turn} in another way once later turns are there; "
                     "set data.supervise: last_assistant, or give a prefix-preserving template"
                 )
-            end, has_stop = self._stop(text, len(prompt), len(upto))
             if not has_stop and not last:
                 raise TemplateError(
                     "the chat template puts no stop token after an assistant turn; "
@@ -95,23 +105,26 @@ class SpanFinder:
             spans.append((len(prompt), end))
         return Rendered(text[: spans[-1][1]] if append_stop else text, tuple(spans), append_stop)
 
-    def _stop(self, text: str, start: int, end: int) -> tuple[int, bool]:
-        """Where the turn's target ends, and whether a stop token is there.
+    def _stop(self, text: str, start: int) -> tuple[int, bool]:
+        """Where the target that starts at `start` and is the text's last ends, and whether it ends in a stop token.
 
-        The stop token is the first of the special tokens that the turn ends in; without any, the special token that
-        follows it (GLM ends a turn by the next role's token).
+        A turn ends in special tokens, with or without white space between them. The target goes through the first
+        unbroken run of these: ``<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`` whole, but of ``<|end|>\\n<|endoftext|>``
+        and of a token given twice only the first.
         """
-        turn = text[start:end].rstrip()
-        stop_at = None
+        turn = text[start:].rstrip()
+        run: list[str] = []
+        end = start + len(turn)
         while stop := next((token for token in self.encoder.special_ids if turn.endswith(token)), None):
+            spaced = run and text[start + len(turn)].isspace()
+            run = [stop] if spaced or run[:1] == [stop] else [stop, *run]
             turn = turn[: -len(stop)]
-            stop_at = start + len(turn) + len(stop)
-            if turn != turn.rstrip():
-                break
-        if stop_at is not None:
-            return stop_at, True
-        follower = next((token for token in self.encoder.special_ids if text.startswith(token, end)), None)
-        return (end + len(follower), True) if follower else (start + len(turn), False)
+            end = start + len(turn) + sum(map(len, run))
+            turn = turn.rstrip()
+        return end, bool(run)
+
+    def _special_at(self, text: str, place: int) -> str | None:
+        return next((token for token in self.encoder.special_ids if text.startswith(token, place)), None)
 
     def _learn(self, messages: Messages, turns: tuple[int, ...]) -> _Shape | None:
         slots = [f"Slot{i}Zq7" for i in range(len(messages))]

@@ -209,7 +209,9 @@ def test_a_generation_prompt_that_the_reply_lacks_is_refused() -> None:
     tokenizer = make(families.OPENED, "<|im_end|>", special=("<|im_start|>",))
     (made,) = chat_encoder(tokenizer).conversations([Conversation(messages=TWO[:2])], "assistant")
     assert isinstance(made, BadRow)
-    assert "generation prompt" in str(made)
+    assert "serves a prompt that ends in '|>assistant\\n<think>\\n' where" in str(made)
+    assert "goes on with '|>assistant\\nthank you!" in str(made)
+    assert str(made).endswith("→ set model.chat_template_path to a template in which both agree")
 
 
 def test_the_next_role_can_be_the_stop_token() -> None:

@@ -95,12 +95,21 @@ def test_two_bos_tokens_stop_the_run() -> None:
         ChatEncoder(twice).conversations([Conversation(messages=ROW)], "assistant")
 
 
-def test_of_two_stop_tokens_the_first_is_the_target() -> None:
-    doubled = CHATML.replace("m['content'] + '<|im_end|>'", "m['content'] + '<|im_end|><|im_end|>'")
-    tokenizer = make(doubled, "<|im_end|>", special=("<|im_start|>",))
+@pytest.mark.parametrize(
+    ("ending", "target"),
+    [
+        ("<|im_end|><|im_end|>", "<|im_end|>"),  # doubled
+        ("<|im_end|>\\n<|eos|>", "<|im_end|>"),  # like Phi-3
+        ("<|eor|><|im_end|>", "<|eor|><|im_end|>"),  # like Command R7B
+        (" <|im_end|>", " <|im_end|>"),  # like Llama-2
+    ],
+)
+def test_turns_that_end_in_more_than_one_token(ending: str, target: str) -> None:
+    template = CHATML.replace("m['content'] + '<|im_end|>' }}{% endgen", f"m['content'] + '{ending}' }}}}{{% endgen")
+    tokenizer = make(template, "<|im_end|>", special=("<|im_start|>", "<|eos|>", "<|eor|>"))
     encoded = ChatEncoder(tokenizer).conversation(Conversation(messages=ROW), "assistant")
     marked = [id_ for id_, mark in zip(encoded.ids, encoded.supervised, strict=True) if mark]
-    assert tokenizer.decode(marked) == "yes<|im_end|>"
+    assert tokenizer.decode(marked) == f"yes{target}"
 
 
 def test_a_template_that_changes_rows_by_their_content_is_noticed_or_followed() -> None:

@@ -51,6 +51,7 @@ FILES = {
     "rows.jsonl.gz": lambda path: write(path, gzip.compress(lines(ROWS).encode())),
     "list.json.gz": lambda path: write(path, gzip.compress(json.dumps(ROWS).encode())),
     "rows.csv": _csv,
+    "pandas.csv": lambda path: write(path, ',prompt,completion\n0,你好,"a,b\nc"\n1,x,y\n'),
     "rows.parquet": _parquet,
 }
 
