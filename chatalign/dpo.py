@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from chatalign.artifact import Artifact
 from chatalign.data import prepare
-from chatalign.engine.dpo_trainer import DpoTrainer
-from chatalign.engine.stage import finish, last_means, train, training_arguments
-from chatalign.errors import ModelError
+from chatalign.engine import trl_engine
+from chatalign.engine.dpo_trainer import DpoTrainer, refuse_moved, require_reference
+from chatalign.engine.stage import Work, finish, last_means, native_settings, train
 from chatalign.models.adapters import load_policy
 from chatalign.models.tokenizer import load_tokenizer
 from chatalign.recipe import DpoRecipe
@@ -23,20 +23,22 @@ def run(recipe: DpoRecipe) -> Artifact:
     tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
     prepared = prepare(recipe.data, tokenizer, "preference", seed=recipe.train.seed)
     policy = load_policy(recipe, tokenizer)
-    if policy.reference is None:
-        raise ModelError("`model.config` makes a model from nothing, and DPO needs one that SFT ended with")
-    trainer = DpoTrainer(
+    reference = require_reference(policy, "DPO")
+    sha256_at_start = reference.sha256()
+    work = Work(
         recipe=recipe,
         run=opened,
-        args=training_arguments(recipe, opened, is_adapter=policy.is_adapter),
         model=policy.model,
+        is_adapter=policy.is_adapter,
         tokenizer=tokenizer,
-        train_rows=prepared.train,
-        eval_rows=prepared.eval,
-        reference=policy.reference,
+        rows=prepared,
     )
+    if recipe.engine == "trl":
+        trainer = trl_engine.dpo_trainer(work, reference)
+    else:
+        trainer = DpoTrainer(**native_settings(work), reference=reference)
     wall_s = train(trainer, opened)
-    trainer.refuse_moved_reference()
+    refuse_moved(reference, sha256_at_start, trainer)
     return finish(
         run=opened,
         recipe=recipe,
@@ -46,7 +48,7 @@ def run(recipe: DpoRecipe) -> Artifact:
         base_ref=policy.base_ref,
         kind="adapter" if policy.is_adapter else "model",
         metrics=last_means(trainer),
-        extra={"reference": policy.reference.way, "reference_sha256": trainer.reference_sha256},
+        extra={"reference": reference.way, "reference_sha256": sha256_at_start},
         wall_s=wall_s,
     )
 

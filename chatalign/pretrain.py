@@ -22,7 +22,7 @@ from chatalign.artifact import (
 from chatalign.data import prepare
 from chatalign.data.collate import collate_lm
 from chatalign.engine.lm_trainer import LmTrainer
-from chatalign.engine.stage import finish, last_means, text_hashes, train, training_arguments
+from chatalign.engine.stage import Work, finish, last_means, native_settings, text_hashes, train
 from chatalign.errors import ModelError
 from chatalign.models.adapters import load_policy
 from chatalign.models.resolve import resolve
@@ -39,16 +39,15 @@ def run(recipe: PretrainRecipe) -> Artifact:
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe.data, tokenizer, "text", seed=recipe.train.seed)
     policy = load_policy(recipe, tokenizer)
-    trainer = LmTrainer(
+    work = Work(
         recipe=recipe,
         run=opened,
-        args=training_arguments(recipe, opened, is_adapter=policy.is_adapter),
         model=policy.model,
+        is_adapter=policy.is_adapter,
         tokenizer=tokenizer,
-        train_rows=prepared.train,
-        eval_rows=prepared.eval,
-        collate=collate_lm,
+        rows=prepared,
     )
+    trainer = LmTrainer(**native_settings(work), collate=collate_lm)
     wall_s = train(trainer, opened)
     return finish(
         run=opened,

@@ -9,8 +9,9 @@ from __future__ import annotations
 from chatalign.artifact import Artifact
 from chatalign.data import prepare
 from chatalign.data.collate import collate_pairs
-from chatalign.engine.reward_trainer import RewardTrainer
-from chatalign.engine.stage import finish, last_means, train, training_arguments
+from chatalign.engine import trl_engine
+from chatalign.engine.reward_trainer import RewardTrainer, store_normaliser
+from chatalign.engine.stage import Work, finish, last_means, native_settings, train
 from chatalign.models.heads import new_reward_model
 from chatalign.models.tokenizer import load_tokenizer
 from chatalign.recipe import RewardRecipe
@@ -23,16 +24,18 @@ def run(recipe: RewardRecipe) -> Artifact:
     tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
     prepared = prepare(recipe.data, tokenizer, "preference", seed=recipe.train.seed)
     scorer = new_reward_model(recipe, tokenizer)
-    trainer = RewardTrainer(
+    work = Work(
         recipe=recipe,
         run=opened,
-        args=training_arguments(recipe, opened, is_adapter=scorer.is_adapter),
         model=scorer.model,
+        is_adapter=scorer.is_adapter,
         tokenizer=tokenizer,
-        train_rows=prepared.train,
-        eval_rows=prepared.eval,
-        collate=collate_pairs,
+        rows=prepared,
     )
+    if recipe.engine == "trl":
+        trainer = trl_engine.reward_trainer(work)
+    else:
+        trainer = RewardTrainer(**native_settings(work), collate=collate_pairs)
     wall_s = train(trainer, opened)
     return finish(
         run=opened,
@@ -43,7 +46,7 @@ def run(recipe: RewardRecipe) -> Artifact:
         base_ref=scorer.base_ref,
         kind="reward_adapter" if scorer.is_adapter else "reward_model",
         metrics=last_means(trainer),
-        extra=trainer.store_normaliser() if recipe.reward.normalize else {},
+        extra=store_normaliser(trainer, prepared.train) if recipe.reward.normalize else {},
         wall_s=wall_s,
     )
 

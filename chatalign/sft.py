@@ -9,8 +9,9 @@ from __future__ import annotations
 from chatalign.artifact import Artifact
 from chatalign.data import prepare
 from chatalign.data.collate import collate_lm
+from chatalign.engine import trl_engine
 from chatalign.engine.lm_trainer import LmTrainer
-from chatalign.engine.stage import finish, last_means, train, training_arguments
+from chatalign.engine.stage import Work, finish, last_means, native_settings, train
 from chatalign.models.adapters import load_policy
 from chatalign.models.tokenizer import load_tokenizer
 from chatalign.recipe import SftRecipe
@@ -23,16 +24,18 @@ def run(recipe: SftRecipe) -> Artifact:
     tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
     prepared = prepare(recipe.data, tokenizer, "conversation", seed=recipe.train.seed)
     policy = load_policy(recipe, tokenizer)
-    trainer = LmTrainer(
+    work = Work(
         recipe=recipe,
         run=opened,
-        args=training_arguments(recipe, opened, is_adapter=policy.is_adapter),
         model=policy.model,
+        is_adapter=policy.is_adapter,
         tokenizer=tokenizer,
-        train_rows=prepared.train,
-        eval_rows=prepared.eval,
-        collate=collate_lm,
+        rows=prepared,
     )
+    if recipe.engine == "trl":
+        trainer = trl_engine.sft_trainer(work)
+    else:
+        trainer = LmTrainer(**native_settings(work), collate=collate_lm)
     wall_s = train(trainer, opened)
     return finish(
         run=opened,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import TrainingArguments
 
 from chatalign.data.packing import best_fit_decreasing
 
@@ -113,6 +114,22 @@ class CollateItems:
         batch = self.collate([row for item in items for row in item.rows])
         batch["filler"] = items[0].filler
         return batch
+
+
+def make_loader(
+    bins: Bins, collate: Collate, *, batch_size: int, seed: int | None, args: TrainingArguments
+) -> BinLoader:
+    """This process's micro-batches of `bins`, shuffled by `seed` and epoch, or in their order where it is None."""
+    sampler = BinSampler(
+        len(bins), batch_size=batch_size, seed=seed, rank=args.process_index, world_size=args.world_size
+    )
+    return BinLoader(
+        bins,
+        batch_sampler=sampler,
+        collate_fn=CollateItems(collate),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.device.type == "cuda",
+    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

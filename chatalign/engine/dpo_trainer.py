@@ -16,11 +16,13 @@ from chatalign.data.collate import collate_pairs
 from chatalign.engine.batching import Batch, Bins
 from chatalign.engine.isolation import enable_segments
 from chatalign.engine.loss_head import enable_chunked_head, token_logprobs
+from chatalign.engine.sealed import SealedTrainer
 from chatalign.engine.trainer import Items, Metrics, StageTrainer
 from chatalign.errors import ModelError, RecipeError
 from chatalign.maths.logprobs import sum_by_sequence
 from chatalign.maths.preference import PreferenceLoss, dpo_loss
 from chatalign.maths.preference_losses import DPOLossType
+from chatalign.models.adapters import Policy
 from chatalign.models.reference import Reference
 from chatalign.recipe import DpoRecipe
 
@@ -77,7 +79,6 @@ class DpoTrainer(StageTrainer):
         if reference.module is not None:
             enable_segments(reference.module)
             enable_chunked_head(reference.module)
-        self.reference_sha256 = None if self._is_sharded() else reference.sha256()
         if self.section.precompute_ref_log_probs:
             self._precompute()
 
@@ -131,9 +132,6 @@ class DpoTrainer(StageTrainer):
         # Under the policy's own precision: a reference in another one would not agree with it at the start.
         with self.reference.use() as model, self.accelerator.autocast():
             return sequence_logprobs(model, batch)[0]
-
-    def _is_sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _check_start(self, loss: PreferenceLoss, drift_2B: Tensor) -> None:
         """Before the first update the policy is its reference: no drift, and the loss is that of a margin of 0."""
@@ -189,12 +187,20 @@ class DpoTrainer(StageTrainer):
             found += gathered[~gathered.isnan().any(-1)].flatten().tolist()
         return found
 
-    def refuse_moved_reference(self) -> None:
-        """Raise ModelError where the reference's weights are no longer those of the start."""
-        if self.reference_sha256 is not None and self.reference.sha256() != self.reference_sha256:
-            raise ModelError(
-                "the reference's weights changed during training, so that the losses were wrong; report it"
-            )
+
+def require_reference(policy: Policy, method: str) -> Reference:
+    """The policy's reference; ModelError for a model made from nothing, which has none."""
+    if policy.reference is None:
+        raise ModelError(f"`model.config` makes a model from nothing, and {method} needs one that SFT ended with")
+    return policy.reference
+
+
+def refuse_moved(reference: Reference, sha256_at_start: str, trainer: SealedTrainer) -> None:
+    """Raise ModelError where the reference's weights are not those of the start; not known where they are sharded."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    if reference.sha256() != sha256_at_start:
+        raise ModelError("the reference's weights changed during training, so that the losses were wrong; report it")
 
 
 def sequence_logprobs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

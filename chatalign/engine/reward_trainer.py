@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from chatalign.engine.batching import Batch, BinLoader, Bins
-from chatalign.engine.isolation import unwrapped
+from chatalign.data.collate import collate_pairs
+from chatalign.engine.attention import ATTENTION
+from chatalign.engine.batching import Batch, Bins, make_loader, to_device
+from chatalign.engine.isolation import enable_segments, unwrapped
+from chatalign.engine.sealed import SealedTrainer
 from chatalign.engine.trainer import Items, Metrics, StageTrainer
 from chatalign.maths.reward import ScoreNormaliser, bradley_terry_loss
 from chatalign.models.heads import scores_at
@@ -53,45 +56,40 @@ class RewardTrainer(StageTrainer):
             return means
         return {**means, "score_std": math.sqrt(max(square - means["score_mean"] ** 2, 0.0))}
 
-    def store_normaliser(self) -> dict[str, Any]:
-        """Fit the scores' normaliser, write it into the model's configuration, return the artifact's entry for it."""
-        normaliser = self.fit_normaliser()
-        config = unwrapped(self.model).config
-        config.score_mean, config.score_std = normaliser.mean, normaliser.std
-        return {"normaliser": normaliser.state_dict()}
 
-    def fit_normaliser(self) -> ScoreNormaliser:
-        """Mean and standard deviation of the model's scores over training pairs, at most 2,048, on every process."""
-        rows = self.train_dataset
-        assert isinstance(rows, Bins)
-        sample = Bins(rows.rows, _spread(rows.bins, _NORMALISER_PAIRS))
-        normaliser = ScoreNormaliser()
-        for scores in self._scores(self.get_eval_dataloader(sample)):
-            normaliser.update(scores)
-        return normaliser
+def store_normaliser(trainer: SealedTrainer, rows: Any) -> dict[str, Any]:
+    """Fit mean and deviation of the finished model's scores on training pairs, at most 2,048 of `rows`.
 
-    def _scores(self, loader: BinLoader) -> list[Tensor]:
-        model = self.model_wrapped
-        assert isinstance(model, nn.Module)
-        training = model.training
-        model.eval()
-        found = []
-        with torch.no_grad():
-            for host_batch in loader:
-                filler = bool(host_batch.pop("filler"))
-                scores = scores_at(model, self._prepare_inputs(host_batch))
-                # NaN marks what is no score, so that all processes gather the same shape.
-                padded = scores.new_full((2 * self.args.per_device_eval_batch_size,), math.nan)
-                if not filler:
-                    padded[: len(scores)] = scores
-                gathered = self.accelerator.gather(padded)
-                found.append(gathered[~gathered.isnan()].cpu())
-        model.train(training)
-        return found
+    Written into the model's configuration; returns the artifact's entry. Every process calls it.
+    """
+    normaliser = ScoreNormaliser()
+    for scores in _all_scores(trainer, Bins(rows, [[row] for row in _spread(len(rows), _NORMALISER_PAIRS)])):
+        normaliser.update(scores)
+    config = unwrapped(trainer.model).config
+    config.score_mean, config.score_std = normaliser.mean, normaliser.std
+    return {"normaliser": normaliser.state_dict()}
 
 
-def _spread(bins: Sequence[Sequence[int]], count: int) -> Sequence[Sequence[int]]:
-    """`count` bins evenly over all of them."""
-    if len(bins) <= count:
-        return bins
-    return [bins[i * len(bins) // count] for i in range(count)]
+def _all_scores(trainer: SealedTrainer, bins: Bins) -> Iterator[Tensor]:
+    args, model = trainer.args, trainer.model_wrapped
+    assert isinstance(model, nn.Module)
+    if unwrapped(model).config._attn_implementation != ATTENTION:  # TRL's engine trains without it
+        enable_segments(model)
+    model.eval()
+    size = args.per_device_eval_batch_size
+    loader = make_loader(bins, collate_pairs, batch_size=size, seed=None, args=args)
+    with torch.no_grad():
+        for host_batch in loader:
+            filler = bool(host_batch.pop("filler"))
+            scores = scores_at(model, to_device(host_batch, args.device))
+            # NaN marks what is no score, so that all processes gather the same shape.
+            padded = scores.new_full((2 * size,), math.nan)
+            if not filler:
+                padded[: len(scores)] = scores
+            gathered = trainer.accelerator.gather(padded)
+            yield gathered[~gathered.isnan()].cpu()
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` numbers evenly over 0 … `count` − 1."""
+    return list(range(count)) if count <= wanted else [i * count // wanted for i in range(wanted)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from transformers import TrainingArguments
 
 from chatalign import checkpoint
 from chatalign.artifact import Artifact, BaseModelRef, DataUsed, Kind, fingerprint, hash_files, sha256_file
+from chatalign.data import Prepared
 from chatalign.engine.defaults import learning_rate
 from chatalign.models.adapters import save_model
 from chatalign.recipe import StageRecipe
@@ -20,6 +22,31 @@ from chatalign.tracking import report_to
 
 # Read by the stage or the trainer base, not by TrainingArguments.
 _NOT_PASSED = {"learning_rate", "save_total_limit"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage's trainer is made from, ours or TRL's."""
+
+    recipe: StageRecipe
+    run: Run
+    model: Any
+    is_adapter: bool
+    tokenizer: Any
+    rows: Prepared
+
+
+def native_settings(work: Work) -> dict[str, Any]:
+    """The keyword arguments that all our trainers take."""
+    return {
+        "recipe": work.recipe,
+        "run": work.run,
+        "args": training_arguments(work.recipe, work.run, is_adapter=work.is_adapter),
+        "model": work.model,
+        "tokenizer": work.tokenizer,
+        "train_rows": work.rows.train,
+        "eval_rows": work.rows.eval,
+    }
 
 
 class SavesModel(Protocol):

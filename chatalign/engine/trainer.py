@@ -20,10 +20,9 @@ from chatalign.engine.batching import (
     Batch,
     BinLoader,
     Bins,
-    BinSampler,
     Collate,
-    CollateItems,
     make_bins,
+    make_loader,
     row_lengths,
     to_device,
 )
@@ -118,20 +117,7 @@ class StageTrainer(SealedTrainer):
         return self._loader(bins, self.args.per_device_eval_batch_size, None)
 
     def _loader(self, bins: Bins, batch_size: int, seed: int | None) -> BinLoader:
-        sampler = BinSampler(
-            len(bins),
-            batch_size=batch_size,
-            seed=seed,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-        )
-        return BinLoader(
-            bins,
-            batch_sampler=sampler,
-            collate_fn=CollateItems(self.collate),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.device.type == "cuda",
-        )
+        return make_loader(bins, self.collate, batch_size=batch_size, seed=seed, args=self.args)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         return to_device(inputs, self.args.device)
