@@ -184,7 +184,9 @@ def tokenizer_finding(recipe: Recipe) -> Finding | None:
     data, kind = data_sections(recipe)[0]
     few = [source.model_copy(update={"max_rows": min(source.max_rows or 64, 64)}) for source in data.datasets]
     try:
-        prepare(data.model_copy(update={"datasets": few, "eval_datasets": []}), load_tokenizer(section), kind, seed=0)
+        # Of so few rows no share can be judged: neither eval_fraction's nor that of rows cut by max_length.
+        update = {"datasets": few, "eval_datasets": [], "eval_fraction": 0.0, "max_length": 1 << 20}
+        prepare(data.model_copy(update=update), load_tokenizer(section), kind, seed=0)
     except ChatalignError as error:
         return Finding(what, error)
     return Finding(what)

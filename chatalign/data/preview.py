@@ -21,7 +21,13 @@ _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 
 
 def inspect_rows(
-    section: DataSection, tokenizer: Any, kind: Kind, *, rows: int = 3, seed: int = 0, console: Console | None = None
+    section: DataSection,
+    tokenizer: Any,
+    kind: Kind,
+    rows: int = 3,
+    *,
+    seed: int = 0,
+    console: Console | None = None,
 ) -> Prepared:
     """Prepare a ``data:`` section and print its first rows, their lengths, what was left out and how bins fill.
 
