@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from tests.ppo.conftest import LORA, Make, built
+from .conftest import LORA, Make, built
 
 GAMMA, LAM, BETA, CLIP, CLIP_VALUE, VF, ENTROPY, PENALTY = 0.9, 0.8, 0.3, 0.05, 0.1, 0.5, 0.02, 1.5
 TEMPERATURE = 0.8

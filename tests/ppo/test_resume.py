@@ -12,8 +12,9 @@ import torch
 from chatalign import ppo
 from chatalign.engine.ppo_state import LISTS_FILE
 from chatalign.errors import CheckpointError
-from tests.ppo.conftest import LORA, Make
-from tests.ppo.test_run import logged, weights
+
+from .conftest import LORA, Make
+from .test_run import logged, weights
 
 OVER = {
     "lora": LORA,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_llama, make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from chatalign import ppo
@@ -15,9 +16,9 @@ from chatalign.engine.ppo_rewards import ModelScorer
 from chatalign.models.heads import load_reward_model
 from chatalign.models.tokenizer import load_tokenizer
 from chatalign.recipe import ModelSection
-from tests.conftest import make_llama, make_tokenizer
-from tests.ppo.conftest import LORA, Make, built, train_reward
-from tests.ppo.test_run import logged, weights
+
+from .conftest import LORA, Make, built, train_reward
+from .test_run import logged, weights
 
 
 def one_by_one(folder: Path, sequences: list[list[int]]) -> list[float]:

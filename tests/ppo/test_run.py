@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from chatalign import ppo
 from chatalign.errors import DataError, NonFiniteError, RecipeError
 from chatalign.recipe import PpoRecipe
-from tests.ppo.conftest import LORA, Make
+
+from .conftest import LORA, Make
 
 
 def logged(recipe: PpoRecipe) -> list[dict[str, Any]]:

@@ -1,0 +1,67 @@
+"""Two processes share each rollout and each optimizer step: their run is that of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from chatalign import ppo
+from chatalign.recipe import PpoRecipe
+
+from .conftest import LORA, Make
+from .test_run import logged, weights
+
+
+def launch(recipe: PpoRecipe, processes: int) -> None:
+    path = Path(recipe.output_dir).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), "utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command += ["--rdzv-backend=static", "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "chatalign.ppo"]
+    subprocess.run(
+        [*command, str(path)],
+        check=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["separate", "shared"])
+def test_two_processes_are_one(make_recipe: Make, value: str) -> None:
+    over = {
+        "lora": LORA,
+        "ppo": {"kl_control": "adaptive", "kl_target": 0.01, "kl_horizon": 50, "value": value, "target_kl": 10.0},
+        "data": {"eval_fraction": 0.3},
+        "train": {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 3},
+    }
+    one, two = make_recipe("one", over), make_recipe("two", over)
+    ppo.run(one)
+    launch(two, 2)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-5)
+    for mine, yours in zip(logged(one), logged(two), strict=True):
+        assert yours["step"] == mine["step"]
+        for key in mine.keys() - {"time_s", "tokens_per_s"}:
+            if not key.startswith("speed/"):
+                assert yours[key] == pytest.approx(mine[key], abs=1e-4), key
+    evaluated = [
+        [
+            json.loads(line)["eval_objective/score"]
+            for line in (Path(recipe.output_dir) / "metrics.jsonl").open()
+            if "eval_objective/score" in line
+        ]
+        for recipe in (one, two)
+    ]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-4)
+    assert len(evaluated[0]) == 2
