@@ -44,6 +44,7 @@ def check_layout(batch: dict[str, torch.Tensor]) -> None:
         assert target in [ids[at] for at in follows]
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(DOCUMENT, min_size=1, max_size=6))
 def test_documents(rows: list[dict[str, Any]]) -> None:
     batch = collate_lm(rows)
@@ -55,6 +56,7 @@ def test_documents(rows: list[dict[str, Any]]) -> None:
         assert batch["targets"][batch["sequence_index"] == i].tolist() == wanted
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(PAIR, min_size=1, max_size=5))
 def test_pairs(rows: list[dict[str, Any]]) -> None:
     batch = collate_pairs(rows)
@@ -73,6 +75,7 @@ def test_pairs(rows: list[dict[str, Any]]) -> None:
         assert shared == 2  # the prompt's last place predicts both first tokens
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(IDS, st.lists(st.integers(1, 99), max_size=9)), min_size=1, max_size=5))
 def test_sequences(rows: list[tuple[list[int], list[int]]]) -> None:
     batch = collate_sequences([prompt for prompt, _ in rows], [response for _, response in rows])
@@ -118,6 +121,7 @@ def test_rows_that_have_no_layout_are_refused(call: Any) -> None:
 LENGTHS = st.lists(st.integers(1, 64), max_size=80)
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(LENGTHS)
 def test_bins_hold_every_row_once_and_keep_the_capacity(lengths: list[int]) -> None:
     bins = best_fit_decreasing(lengths, 64)
@@ -146,7 +150,7 @@ def test_rows_that_fit_no_bin_are_refused(lengths: list[int], row: str) -> None:
         best_fit_decreasing(lengths, 10)
 
 
-@settings(max_examples=50)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(LENGTHS, st.integers(1, 100), st.none() | st.integers(1, 5))
 def test_token_budget(lengths: list[int], max_tokens: int, max_rows: int | None) -> None:
     order = list(range(len(lengths)))[::-1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from bad_rows import BAD, m, sharegpt
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatalign.data.formats import format_of, normalise, recognise
@@ -134,6 +134,7 @@ def test_each_format(format_: str, kind: Any, row: dict[str, Any], wanted: Any) 
     assert norm(row, kind) == wanted
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 def test_recognition_minds_neither_order_nor_absent_columns(data: st.DataObject) -> None:
     format_, kind, row, wanted = data.draw(st.sampled_from(EXAMPLES))
@@ -149,6 +150,7 @@ def test_recognition_minds_neither_order_nor_absent_columns(data: st.DataObject)
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1).filter(lambda text: text.strip())
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(WORDS, WORDS, WORDS)
 def test_text_of_any_script_comes_through_unchanged(prompt: str, chosen: str, rejected: str) -> None:
     assert norm({"messages": m(prompt, chosen)}, "conversation").messages == m(prompt, chosen)

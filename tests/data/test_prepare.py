@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from bad_rows import m
 from chat_families import BY_NAME, make, tokenizer_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatalign.data import check_data, prepare
@@ -64,6 +64,7 @@ def test_columns_of_each_kind(tmp_path: Path) -> None:
     assert TOKENIZER.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n")
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=40), st.floats(0.1, 0.9))
 def test_a_copy_never_straddles_the_split(numbers: list[int], share: float) -> None:
     """The side is the content's: whatever the order, the case and the white space around it."""
@@ -134,6 +135,7 @@ def test_demonstrations_keep_their_start() -> None:
     assert fit_conversation(encoded(10, 4), 6, "drop") == Dropped("longer than max_length (6)")
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60), st.integers(8, 70), st.none() | st.integers(1, 70))
 def test_pairs_keep_the_prompts_end_and_both_sides(
     prompt: int, chosen: int, rejected: int, max_length: int, max_prompt: int | None
