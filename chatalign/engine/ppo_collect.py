@@ -21,6 +21,7 @@ from chatalign.engine.loss_head import token_logprobs
 from chatalign.engine.ppo_experience import Episodes
 from chatalign.engine.ppo_model import PpoModel
 from chatalign.engine.ppo_rewards import Replies, Rewards
+from chatalign.engine.ppo_schedule import Schedule
 from chatalign.models.reference import Reference
 from chatalign.rollout import RolloutEngine, Sampling
 
@@ -126,7 +127,29 @@ class Collector:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Play:
+    """What PPO needs beyond the trainer's own parts."""
+
+    collector: Collector
+    sampling: Sampling
+    schedule: Schedule
+    ptx_rows: Any | None = None
+
+
 def _in_order(parts: list[Tensor], order: list[int], lengths: list[int]) -> Tensor:
     """(K,) values whose rows came in `order`, with these lengths, put back in the rows' own order."""
     pieces = dict(zip(order, torch.split(torch.cat(parts), lengths), strict=True))
     return torch.cat([pieces[row] for row in range(len(order))])
+
+
+def speeds(parts: Sequence[Collected]) -> dict[str, float]:
+    """Tokens a second of drawing and of scoring, over all processes, and the gap between their log-probabilities."""
+    response = sum(len(part.episodes.logps) for part in parts)
+    prompt = sum(len(ids) for part in parts for ids in part.episodes.prompt_ids)
+    found = {
+        "speed/rollout_tokens_per_s": response / max(part.rollout_s for part in parts),
+        "speed/score_tokens_per_s": (prompt + response) / max(part.score_s for part in parts),
+    }
+    gaps = [part.logprob_gap for part in parts if part.logprob_gap is not None]
+    return found | ({"sampler/logprob_gap": sum(gaps) / len(gaps)} if gaps else {})

@@ -8,10 +8,10 @@ import torch
 from transformers import TrainingArguments
 
 from chatalign.data import Kind
-from chatalign.engine.ppo_collect import Collector
+from chatalign.engine.ppo_collect import Collector, Play
 from chatalign.engine.ppo_roles import Roles
 from chatalign.engine.ppo_schedule import Schedule
-from chatalign.engine.ppo_trainer import Play, PpoTrainer
+from chatalign.engine.ppo_trainer import PpoTrainer
 from chatalign.engine.stage import argument_values
 from chatalign.errors import RecipeError
 from chatalign.recipe import DataSection, PpoRecipe

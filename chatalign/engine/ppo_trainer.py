@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,32 +22,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from chatalign.data.collate import collate_lm, collate_sequences
 from chatalign.engine.batching import Batch, to_device
 from chatalign.engine.metrics import MetricSums
-from chatalign.engine.ppo_collect import Collected, Collector
+from chatalign.engine.ppo_collect import Play, speeds
 from chatalign.engine.ppo_experience import Episodes, Experience, evaluation_metrics, make_experience
 from chatalign.engine.ppo_model import PpoModel, PpoOutput, allow_all_tokens
-from chatalign.engine.ppo_schedule import Position, Schedule
+from chatalign.engine.ppo_schedule import Position
 from chatalign.engine.ppo_state import load_experience, save_experience
 from chatalign.engine.trainer import Items, Metrics, StageTrainer
 from chatalign.errors import ModelError, NonFiniteError
 from chatalign.maths import AdaptiveKLController, FixedKLController, entropy_bonus, policy_loss, value_loss
 from chatalign.recipe import PpoRecipe, PpoSection
-from chatalign.rollout import Sampling
 from chatalign.runs import Run
 
 # Mean |trainer − sampler| in nats a token at full precision, above which the two can't be one distribution.
 _LARGEST_GAP = 0.02
 # Far from any training seed, so that evaluation draws are the same all through a run and no training draw's.
 _EVALUATION_SEEDS = 2**40
-
-
-@dataclass(frozen=True, kw_only=True)
-class Play:
-    """What PPO needs beyond the trainer's own parts."""
-
-    collector: Collector
-    sampling: Sampling
-    schedule: Schedule
-    ptx_rows: Any | None = None
 
 
 class RolloutLoader:
@@ -137,7 +126,7 @@ class PpoTrainer(StageTrainer):
                 f"rollout {rollout}: an advantage is not finite; lower `train.learning_rate`, or look at the rewards"
             )
         self.kl_controller.update(experience.metrics["objective/kl"], len(experience))
-        metrics = experience.metrics | _speeds(parts) | {"episodes": float(schedule.episodes(rollout).stop)}
+        metrics = experience.metrics | speeds(parts) | {"episodes": float(schedule.episodes(rollout).stop)}
         # A number that doesn't exist (no variance to explain) is left out of the log.
         kept = {name: torch.tensor(value) for name, value in metrics.items() if math.isfinite(value)}
         self.metric_sums.add({name: value.to(self.args.device) for name, value in kept.items()})
@@ -350,15 +339,3 @@ def _controller(section: PpoSection) -> FixedKLController | AdaptiveKLController
 def _each_item(loss: Tensor, num_items: float | Tensor, count: int) -> Tensor:
     """A loss that is a sum over this micro-batch divided by the step's items, as `count` observations of its mean."""
     return (loss.detach() * num_items / count).expand(count)
-
-
-def _speeds(parts: list[Collected]) -> dict[str, float]:
-    """Tokens a second of drawing and of scoring, over all processes, and the gap between their log-probabilities."""
-    response = sum(len(part.episodes.logps) for part in parts)
-    prompt = sum(len(ids) for part in parts for ids in part.episodes.prompt_ids)
-    speeds = {
-        "speed/rollout_tokens_per_s": response / max(*(part.rollout_s for part in parts), 1e-9),
-        "speed/score_tokens_per_s": (prompt + response) / max(*(part.score_s for part in parts), 1e-9),
-    }
-    gaps = [part.logprob_gap for part in parts if part.logprob_gap is not None]
-    return speeds | ({"sampler/logprob_gap": sum(gaps) / len(gaps)} if gaps else {})
