@@ -18,12 +18,10 @@ from chatalign.engine.isolation import enable_segments
 from chatalign.errors import DataError
 from chatalign.evaluate.compare import accuracy_of
 from chatalign.evaluate.heldout import Pair, Question
-from chatalign.evaluate.policy import Answers
+from chatalign.evaluate.policy import Answers, merged, token_budget
 from chatalign.models.heads import load_reward_model, scores_at
 from chatalign.models.load import load_tokenizer
 from chatalign.recipe import ModelSection, QuantizationSection
-
-_TOKENS_A_BATCH = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,7 @@ def opened_judge(section: ModelSection, quantization: QuantizationSection | None
     model = load_reward_model(section, tokenizer, quantization=quantization).model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if quantization is None:
-        model = model.to(device)
+        model = merged(model).to(device)
     enable_segments(model)
     try:
         yield Judge(model=model, tokenizer=tokenizer, device=device)
@@ -64,7 +62,7 @@ def reply_scores(judge: Judge, questions: Sequence[Question], answers: Answers, 
     lengths = [len(prompt) + len(reply) for prompt, reply in pairs]
     scores = [0.0 for _ in lengths]
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    for rows in token_budget_batches(lengths, _TOKENS_A_BATCH, order=order):
+    for rows in token_budget_batches(lengths, token_budget(judge.device), order=order):
         batch = collate_sequences([pairs[i][0] for i in rows], [pairs[i][1] for i in rows])
         batch["pool_positions"] = batch["segments"][:, 1].long() - 1
         for i, score in zip(rows, _scores(judge, batch), strict=True):
@@ -107,7 +105,7 @@ def pair_accuracies(judge: Judge, pairs: Sequence[Pair]) -> dict[str, float | in
     lengths = [_length(pair) for pair in encoded]
     margins = [0.0 for _ in encoded]
     for rows in token_budget_batches(
-        lengths, _TOKENS_A_BATCH, order=sorted(range(len(lengths)), key=lengths.__getitem__)
+        lengths, token_budget(judge.device), order=sorted(range(len(lengths)), key=lengths.__getitem__)
     ):
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         batch = collate_pairs([{name: getattr(encoded[i], name) for name in names} for i in rows])

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# What is shown for a stage: of each group the first that its artifact holds.
-STAGE_HEADLINES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "pretrain": (("eval_loss", "loss"),),
-    "sft": (("eval_loss", "loss"),),
-    "reward": (("eval_accuracy", "accuracy"),),
-    "dpo": (("eval_rewards/accuracies", "rewards/accuracies"), ("eval_rewards/margins", "rewards/margins")),
-    "kto": (("eval_rewards/margins", "rewards/margins"), ("eval_loss", "loss")),
-    "ppo": (("eval_objective/score", "objective/score"), ("eval_objective/kl", "objective/kl")),
+# What is shown for a stage: names, each with the metrics of which the artifact's first is taken, held-out ones first.
+STAGE_HEADLINES: dict[str, dict[str, tuple[str, ...]]] = {
+    "pretrain": {"loss": ("eval_loss", "loss")},
+    "sft": {"loss": ("eval_loss", "loss")},
+    "reward": {"accuracy": ("eval_accuracy", "accuracy")},
+    "dpo": {
+        "accuracy": ("eval_rewards/accuracies", "rewards/accuracies"),
+        "margin": ("eval_rewards/margins", "rewards/margins"),
+    },
+    "kto": {"margin": ("eval_rewards/margins", "rewards/margins"), "loss": ("eval_loss", "loss")},
+    "ppo": {"score": ("eval_objective/score", "objective/score"), "KL": ("eval_objective/kl", "objective/kl")},
 }
 
 
 class Column(NamedTuple):
-    """A column of the evaluation table: key in eval.json, heading, format, and whether more is better."""
+    """A column of the evaluation table: key in eval.json, heading, format, and which value is best."""
 
     key: str
     heading: str
@@ -25,15 +28,16 @@ class Column(NamedTuple):
     best: str = ""  # "high" or "low": the best value is set in bold
 
 
+# The weightiest first: a narrow terminal shows as many as it takes.
 EVAL_COLUMNS: tuple[Column, ...] = (
     Column("win_rate", "win rate", ".3f", "high"),
     Column("gold_mean", "gold", ".3f", "high"),
-    # No best among the reward model's own: the more a policy over-optimises it, the higher they are.
-    Column("rm_win_rate", "RM win rate", ".3f"),
-    Column("rm_score", "RM score", ".3f"),
-    Column("kl", "KL (nats)", ".2f"),
     Column("accuracy", "accuracy", ".3f", "high"),
     Column("format_rate", "format", ".3f", "high"),
+    Column("kl", "KL", ".2f"),
+    # No best among the reward model's own: the more a policy over-optimises it, the higher they are.
+    Column("rm_score", "RM score", ".3f"),
+    Column("rm_win_rate", "RM win rate", ".3f"),
     Column("ended_rate", "ended", ".3f"),
     Column("length", "tokens", ".1f"),
     Column("perplexity", "perplexity", ".2f", "low"),
@@ -44,17 +48,20 @@ EVAL_COLUMNS: tuple[Column, ...] = (
 
 
 def headline(stage: str, metrics: Mapping[str, Any]) -> str:
-    """``name value`` of what matters for a stage, or a dash; of an evaluation it is the best win rate."""
+    """What matters of a stage's metrics, as ``held-out loss 0.512``, or a dash; of an evaluation its best win rate."""
     if stage == "eval":
         rates = {name: value for name, value in metrics.items() if name.endswith(".win_rate")}
         best = max(rates, key=lambda name: rates[name], default=None)
-        return f"{best} {rates[best]:.3f}" if best else "–"
+        return f"{best.removesuffix('.win_rate')} wins {rates[best]:.3f}" if best else "–"
     shown = []
-    for group in STAGE_HEADLINES.get(stage, ()):
-        name = next((name for name in group if _is_number(metrics.get(name))), None)
+    for label, names in STAGE_HEADLINES.get(stage, {}).items():
+        name = next((name for name in names if _is_number(metrics.get(name))), None)
         if name is not None:
-            shown.append(f"{name} {metrics[name]:.3f}")
-    return " · ".join(shown) or "–"
+            shown.append((name.startswith("eval_"), f"{label} {metrics[name]:.3f}"))
+    if not shown:
+        return "–"
+    prefix = "held-out " if all(held_out for held_out, _ in shown) else ""
+    return prefix + ", ".join(text for _, text in shown)
 
 
 def eval_columns(models: Mapping[str, Mapping[str, Any]]) -> list[Column]:
@@ -63,15 +70,12 @@ def eval_columns(models: Mapping[str, Mapping[str, Any]]) -> list[Column]:
 
 
 def cell(column: Column, row: Mapping[str, Any]) -> str:
-    """One number as text, with its confidence interval where there is one; a dash where it wasn't measured."""
+    """One number as text, a win rate with its confidence interval; a dash where it wasn't measured."""
     value = row.get(column.key)
     if not _is_number(value):
         return "–"
-    text = format(value, column.form)
-    interval = row.get(f"{column.key}_ci")
-    if interval:
-        text += f" [{interval[0]:{column.form}}, {interval[1]:{column.form}}]"
-    return text
+    interval = row.get("win_rate_ci") if column.key == "win_rate" else None
+    return format(value, column.form) + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
 def best_models(column: Column, models: Mapping[str, Mapping[str, Any]]) -> set[str]:

@@ -13,6 +13,8 @@ from rich.text import Text
 
 from chatalign.report.headline import best_models, cell, duration, eval_columns, headline
 
+_READABLE = 24  # characters that a column of replies needs
+
 
 def print_pipeline_summary(summary: Mapping[str, Any], console: Console) -> None:
     """Print stages, evaluation, reward model and replies side by side, from what ``summary.json`` holds."""
@@ -30,11 +32,11 @@ def print_evaluation(folder: str | Path, console: Console) -> None:
 
 def _print_results(summary: Mapping[str, Any], console: Console) -> None:
     if models := summary.get("eval"):
-        console.print(_evaluation(models))
+        console.print(_evaluation(models, console.width))
     if reward_model := summary.get("reward_model"):
         console.print(reward_model_line(reward_model), highlight=False, markup=False)
     if samples := summary.get("samples"):
-        console.print(_replies(samples, list(models or samples[0]["replies"])))
+        console.print(_replies(samples, list(models or samples[0]["replies"]), console.width))
 
 
 def reward_model_line(reward_model: Mapping[str, Any]) -> str:
@@ -72,26 +74,44 @@ def _stages(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def _evaluation(models: Mapping[str, Mapping[str, Any]]) -> Table:
+def _evaluation(models: Mapping[str, Mapping[str, Any]], width: int) -> Table:
+    """The evaluation table, with as many columns as `width` characters take whole; the report has them all."""
     prompts = max((row.get("n", 0) for row in models.values()), default=0)
     table = Table(title=Text(f"held-out evaluation · {prompts} prompts", style="bold"), title_justify="left")
-    columns = eval_columns(models)
-    table.add_column("model")
-    for column in columns:
-        table.add_column(column.heading, justify="right")
-    best = {column.key: best_models(column, models) for column in columns}
+    table.add_column("model", overflow="fold")
+    left = width - max(map(len, models)) - 4
+    shown = []
+    for column in eval_columns(models):
+        left -= max(len(column.heading), *(len(cell(column, row)) for row in models.values())) + 3
+        if left < 0:
+            break
+        shown.append((column, best_models(column, models)))
+        table.add_column(column.heading, justify="right", no_wrap=True)
     for name, row in models.items():
-        cells = [Text(cell(column, row), style="bold green" if name in best[column.key] else "") for column in columns]
+        cells = [Text(cell(column, row), style="bold green" if name in best else "") for column, best in shown]
         table.add_row(Text(name, style="bold"), *cells)
     return table
 
 
-def _replies(samples: list[Mapping[str, Any]], names: list[str]) -> Table:
-    table = Table(title=Text("replies to the same prompts", style="bold"), title_justify="left", show_lines=True)
-    table.add_column("prompt", ratio=2)
-    for name in names:
-        table.add_column(name, ratio=2)
+def _replies(samples: list[Mapping[str, Any]], names: list[str], width: int) -> Table:
+    """Replies side by side where a column has room for a sentence, else one below the other."""
+    side_by_side = width >= _READABLE * (len(names) + 1)
+    table = Table(
+        title=Text("replies to the same prompts", style="bold"), title_justify="left", show_lines=side_by_side
+    )
+    if side_by_side:
+        table.add_column("prompt", ratio=1, overflow="fold")
+        for name in names:
+            table.add_column(name, ratio=1, overflow="fold")
+        for sample in samples:
+            replies = [Text(sample["replies"].get(name, "–")) for name in names]
+            table.add_row(Text(sample["prompt"], style="dim"), *replies)
+        return table
+    table.add_column("model")
+    table.add_column("reply", ratio=1, overflow="fold")  # Chinese has no spaces to break at
     for sample in samples:
-        replies = sample["replies"]
-        table.add_row(Text(sample["prompt"], style="dim"), *(Text(replies.get(name, "–")) for name in names))
+        table.add_row(Text("prompt", style="dim"), Text(sample["prompt"], style="dim"))
+        for name in names:
+            last = name == names[-1]
+            table.add_row(Text(name, style="bold"), Text(sample["replies"].get(name, "–")), end_section=last)
     return table

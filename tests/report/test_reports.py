@@ -105,11 +105,11 @@ def test_a_pipeline_report_in_markdown(pipeline: Any) -> None:
     folder, summary = pipeline
     write_pipeline_report(folder, summary)
     text = (folder / "report.md").read_text("utf-8")
-    assert "| dpo | **0.730 [0.690, 0.770]** | **1.990** | 1.20 | **0.860** |" in text
-    assert "| sft | – | 1.620 | 0.00 | 0.810 |" in text
+    assert "| dpo | **0.730 [0.69, 0.77]** | **1.990** | **0.860** | 1.20 |" in text
+    assert "| sft | – | 1.620 | 0.810 | 0.00 |" in text
     assert "on 900 held-out pairs (style 0.970, correctness 0.710)" in text
-    assert "| ppo | ppo | ran | 1 min 01 s | 1,234 | objective/score 0.800 · objective/kl 1.600 |" in text
-    assert "| eval | eval | ran | 0.0 s | – | dpo.win_rate 0.730 |" in text
+    assert "| ppo | ppo | ran | 1 min 01 s | 1,234 | score 0.800, KL 1.600 |" in text
+    assert "| eval | eval | ran | 0.0 s | – | dpo wins 0.730 |" in text
     assert "a\\|b<br>c &lt;\\|im_end\\|&gt;" in text
     sft = fingerprint("sft")[:12]
     assert f"| ppo | {fingerprint('ppo')[:12]} | model: sft ({sft}) | data/pocket/base" in text
@@ -160,7 +160,7 @@ def test_an_evaluation_s_run_report_holds_its_tables(tmp_path: Path) -> None:
     assert "![win rates](plots/win_rates.png)" in text
     out = io.StringIO()
     print_evaluation(tmp_path / "eval", Console(file=out, width=150))
-    assert "0.730 [0.690, 0.770]" in out.getvalue()
+    assert "0.730 [0.69, 0.77]" in out.getvalue()
     print_evaluation(tmp_path, Console(file=out, width=150))  # no evaluation: nothing to print
 
 
@@ -176,13 +176,26 @@ def test_the_terminal_s_tables(pipeline: Any) -> None:
     shown = out.getvalue()
     for text in (
         "quick · 3 min 20 s",
-        "0.730 [0.690, 0.770]",
+        "0.730 [0.69, 0.77]",
         "是巴黎。很高兴帮忙！",
         "accuracy 0.840 on 900",
         "1,234",
     ):
         assert text in shown
     assert "[bold red]x" in shown  # a reply is text, not markup
+
+
+def test_a_narrow_terminal_keeps_what_matters_whole(pipeline: Any) -> None:
+    _, summary = pipeline
+    out = io.StringIO()
+    print_pipeline_summary(summary, Console(file=out, width=50))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 50
+    assert any("0.730 [0.69, 0.77] │ 1.990" in line for line in lines)
+    heading = next(line for line in lines if "win rate" in line)
+    assert "accuracy" in heading
+    assert "KL" not in heading
+    assert any(line.startswith("│ sft") and "是巴黎。" in line for line in lines)
 
 
 def test_curves_skip_what_was_not_a_number() -> None:
@@ -193,7 +206,8 @@ def test_curves_skip_what_was_not_a_number() -> None:
 def test_small_words() -> None:
     assert [duration(s) for s in (8.24, 185, 7440)] == ["8.2 s", "3 min 05 s", "2 h 04 min"]
     assert headline("ppo", {}) == "–"
-    assert headline("eval", {"a.rm_win_rate": 0.9, "b.win_rate": 0.6}) == "b.win_rate 0.600"
+    assert headline("sft", {"eval_loss": 0.5, "loss": 0.4}) == "held-out loss 0.500"
+    assert headline("eval", {"a.rm_win_rate": 0.9, "b.win_rate": 0.6}) == "b wins 0.600"
     assert markdown_table(("a",), []) == ""
 
 
