@@ -197,8 +197,10 @@ class AdapterSwitch:
 
     def __init__(self, model: Any) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
 
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self._whole = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
 
     @property
     def active(self) -> str:
@@ -209,16 +211,16 @@ class AdapterSwitch:
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
         """Run with adapter `name`; the one before comes back afterwards."""
-        before = self.active
-        self._set(name)
+        before = [(module, module._active_adapter) for module in (*self._layers, *self._whole)]
+        for layer in self._layers:
+            layer._active_adapter = [name]
+        for module in self._whole:  # an adapter without a copy of its own uses the base's module
+            module._active_adapter = [name] if name in module.modules_to_save else []
         try:
             yield
         finally:
-            self._set(before)
-
-    def _set(self, name: str) -> None:
-        for layer in self._layers:
-            layer._active_adapter = [name]
+            for module, active in before:
+                module._active_adapter = active
 
 
 def backbone(model: Any) -> Any:

@@ -140,6 +140,26 @@ def test_gradient_checkpointing_changes_nothing_where_adapters_take_turns(make_r
         assert yours["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-4)
 
 
+def test_adapters_take_turns(make_recipe: Make) -> None:
+    """The cheap switch is peft's own, with modules saved whole too, and leaves gradient flags alone."""
+    from chatalign.models.reference import adapter_in_use
+
+    trainer = built(make_recipe("run", {"lora": LORA | {"modules_to_save": ["embed_tokens"]}}))
+    trainer.train()
+    model = trainer.model
+    policy = model.policy.eval()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "use_cache": False}
+    flags = [parameter.requires_grad for parameter in policy.parameters()]
+    before = policy(**inputs).logits
+    with adapter_in_use(policy, "value"):
+        theirs = policy(**inputs).logits
+    with model._adapters.use("value"):
+        assert torch.equal(policy(**inputs).logits, theirs)
+        assert not torch.equal(theirs, before)
+        assert [parameter.requires_grad for parameter in policy.parameters()] == flags
+    assert torch.equal(policy(**inputs).logits, before)
+
+
 def test_forbidden_tokens_leave_no_trace(make_recipe: Make) -> None:
     model = built(make_recipe("run")).model.policy
     allow_all_tokens(model)
