@@ -84,7 +84,7 @@ class TransformersRollout:
                     decoding.keep(rows)
                     alive_B, next_B, stopped_B = alive_B[rows], next_B[rows], stopped_B[rows]
             logits_BV = decoding.step(next_B)
-        return _cut_at_stops(tokens_BN[:, : step + 1], logps_BN[:, : step + 1], sampler)
+        return cut_at_stops(tokens_BN[:, : step + 1], logps_BN[:, : step + 1], sampler)
 
 
 def filled_from_the_end(stopped_B: Tensor, kept: int) -> Tensor:
@@ -97,7 +97,7 @@ def filled_from_the_end(stopped_B: Tensor, kept: int) -> Tensor:
     return rows
 
 
-def _cut_at_stops(
+def cut_at_stops(
     tokens_BN: Tensor, logps_BN: Tensor, sampler: Sampler
 ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
     """Each row through its first stop token, which belongs to the reply, and whether it has one."""

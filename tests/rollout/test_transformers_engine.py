@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,9 @@ from transformers import (
 )
 
 from chatalign.rollout import Sampling, TransformersRollout, stream_reply
+from chatalign.rollout.decoding import Decoding
+from chatalign.rollout.sampler import Sampler
+from chatalign.rollout.transformers_engine import cut_at_stops
 
 PAD, STOPS = 0, (3, 7, 11)
 PROMPTS = [[5, 6, 8], [9], [12, 4, 13, 6, 8, 17, 20], [5, 30], [21, 22, 23, 24, 25], [9, 9, 9]]
@@ -149,3 +153,36 @@ def test_an_empty_prompt_and_missing_seeds_are_refused() -> None:
         rollout.generate([[5], []], sampling)
     with pytest.raises(ValueError, match="1 row seeds for 2 prompts"):
         rollout.generate([[5], [6]], sampling, row_seeds=[1])
+
+
+def test_no_logits_outlive_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The removed trainer stacked them: 64 × 512 × 151,936 × 4 bytes are 20 GB.
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    step = Decoding.step
+
+    def watched(self: Decoding, tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        logits = step(self, tokens)
+        alive.append(weakref.ref(logits))
+        most = max(most, sum(each() is not None for each in alive))
+        return logits
+
+    monkeypatch.setattr(Decoding, "step", watched)
+    TransformersRollout(_model("llama"), PAD).generate(PROMPTS, Sampling(max_new_tokens=20, stop_token_ids=()))
+    assert len(alive) == 19
+    assert most <= 2
+
+
+def test_noise_after_the_stop_token_changes_nothing() -> None:
+    sampler = Sampler(Sampling(max_new_tokens=5, stop_token_ids=STOPS), 40, torch.device("cpu"))
+    tokens = torch.tensor([[5, 3, PAD, PAD, PAD], [5, 6, 8, 9, 7], [5, 6, 8, 9, 10]])
+    logps = torch.arange(15.0).reshape(3, 5)
+    clean = cut_at_stops(tokens, logps, sampler)
+    assert clean[0] == [[5, 3], [5, 6, 8, 9, 7], [5, 6, 8, 9, 10]]
+    assert clean[1] == [[0, 1], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
+    assert clean[2] == [True, True, False]
+    noisy, noise = tokens.clone(), logps.clone()
+    noisy[0, 2:] = torch.tensor([3, 20, 11])
+    noise[0, 2:] = torch.nan
+    assert cut_at_stops(noisy, noise, sampler) == clean
