@@ -59,6 +59,12 @@ def execute(stage: str, run: RunFunction, path: str, overrides: Sequence[str], *
         artifact = run(recipe)
         say(f"{recipe.output_dir}: finished in {artifact.wall_s:.0f} s (run {artifact.run_id})")
         hand_out(recipe)
+    if stage == "eval":
+        from rich.console import Console
+
+        from chatalign.report import print_evaluation
+
+        print_evaluation(recipe.output_dir, Console())
 
 
 def hand_out(recipe: Recipe) -> None:

@@ -114,9 +114,9 @@ def reward_against_kl(models: Mapping[str, Mapping[str, Any]], baseline: str, *,
     with _look(dark=dark):
         figure, (axes,) = _figure(1, height=3.0, width=6.4)
         for name, row in points.items():
-            axes.plot([row["kl"]], [row[key]], "o", color=_model_colours(models)[name], markersize=8)
-            axes.annotate(name, (row["kl"], row[key]), (8, 5), textcoords="offset points")
+            axes.plot([row["kl"]], [row[key]], "o", color=_model_colours(models)[name], markersize=8, label=name)
         axes.margins(0.15)
+        axes.legend(frameon=False, fontsize=8)
         axes.set_xlabel(f"KL from {baseline}, nats a reply")
         axes.set_ylabel("mean gold reward" if key == "gold_mean" else "mean RM score")
         return _png(figure)
