@@ -215,3 +215,26 @@ def test_a_gold_function_that_gives_no_number(world: Path, tmp_path: Path) -> No
         load_gold(f"{world / 'gold.py'}:none")
     with pytest.raises(RecipeError, match="is no Python file"):
         load_gold(f"{world / 'prompts.jsonl'}:score")
+
+
+def test_the_numbers_go_to_the_tracker(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    only_pairs = {"prompts": None, "texts": None, "baseline": None, "gold": None}
+    artifact = run(recipe_of(world, tmp_path, models={}, tracking="tensorboard", eval=only_pairs))
+    events = EventAccumulator(str(tmp_path / "eval/tensorboard"))
+    events.Reload()
+    logged = events.Scalars("reward_model.accuracy")
+    assert [event.value for event in logged] == pytest.approx([artifact.metrics["reward_model.accuracy"]])
+
+
+@pytest.mark.slow
+def test_the_numbers_go_to_wandb(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    only_pairs = {"prompts": None, "texts": None, "baseline": None, "gold": None}
+    artifact = run(recipe_of(world, tmp_path, models={}, tracking="wandb", eval=only_pairs))
+    logged = list((tmp_path / "eval/wandb").glob(f"offline-run-*/run-{artifact.run_id}.wandb"))
+    assert len(logged) == 1
