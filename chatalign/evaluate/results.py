@@ -76,6 +76,7 @@ def _row(recipe: EvalRecipe, held_out: HeldOut, one: Measured, base: Measured) -
 def _gold_row(one: Measured, base: Measured) -> dict[str, Any]:
     parts = means(one.gold)
     row: dict[str, Any] = {"gold_mean": parts.pop("gold")}
+    row["win_rate"], row["win_rate_ci"] = None, None  # of the baseline against itself
     if one is not base:
         ours, theirs = ([scores["gold"] for scores in side.gold] for side in (one, base))
         row["win_rate"], row["win_rate_ci"] = win_rate(ours, theirs)

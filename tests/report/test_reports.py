@@ -24,7 +24,15 @@ from chatalign.report.plots import curves_of
 EVIL = "<script>alert(1)</script> a|b\nc <|im_end|> [bold red]x"
 MODELS: dict[str, Any] = {
     "base": {"win_rate": 0.05, "win_rate_ci": [0.03, 0.07], "gold_mean": 0.4, "kl": 12.1, "accuracy": 0.5, "n": 600},
-    "sft": {"baseline": True, "gold_mean": 1.62, "kl": 0.0, "accuracy": 0.81, "n": 600},
+    "sft": {
+        "baseline": True,
+        "win_rate": None,
+        "win_rate_ci": None,
+        "gold_mean": 1.62,
+        "kl": 0.0,
+        "accuracy": 0.81,
+        "n": 600,
+    },
     "dpo": {"win_rate": 0.73, "win_rate_ci": [0.69, 0.77], "gold_mean": 1.99, "kl": 1.2, "accuracy": 0.86, "n": 600},
 }
 SAMPLES = [{"prompt": "法国的首都？", "replies": {"base": EVIL, "sft": "是巴黎。", "dpo": "是巴黎。很高兴帮忙！"}}]
