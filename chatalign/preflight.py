@@ -61,4 +61,4 @@ def print_rows(path: str, overrides: Sequence[str], rows: int) -> None:
     if not sections or recipe.stage == "eval":
         raise RecipeError(f"{path}: a {recipe.stage} recipe without training rows has nothing to inspect")
     data, kind = sections[0]
-    inspect_rows(data, load_tokenizer(recipe.model), kind, rows)  # type: ignore[union-attr]
+    inspect_rows(data, load_tokenizer(recipe.model), kind, rows)

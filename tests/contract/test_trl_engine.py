@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from tiny import make_llama, make_tokenizer
 
 from chatalign import dpo, kto, reward, sft
 from chatalign.data import Prepared

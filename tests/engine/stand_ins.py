@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import torch
-from conftest import make_llama, make_tokenizer
+from tiny import make_llama, make_tokenizer
 
 from chatalign.data.collate import collate_lm
 from chatalign.engine.lm_trainer import LmTrainer

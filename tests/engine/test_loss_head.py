@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama
 from peft import LoraConfig, get_peft_model
+from tiny import make_llama
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from chatalign.data.collate import collate_lm

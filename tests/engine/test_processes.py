@@ -61,7 +61,9 @@ def launch(*command: str | Path) -> None:
 def logged(folder: Path) -> list[dict[str, float]]:
     kept = ("step", "loss", "eval_loss", "grad_norm", "tokens")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in kept if name in line} for line in lines if {"loss", "eval_loss"} & line.keys()]
+    return [
+        {name: line[name] for name in kept if name in line} for line in lines if {"loss", "eval_loss"} & line.keys()
+    ]
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, sft_file: Path, tiny_model_folder: Path) -> None:

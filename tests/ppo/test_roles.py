@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from tiny import make_llama, make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from chatalign import ppo

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama
+from tiny import make_llama
 from transformers import AutoModelForCausalLM
 
 from chatalign import dpo, pretrain, reward, sft
