@@ -83,6 +83,11 @@ def test_numbers_like_1e_4_are_numbers(tmp_path: Path) -> None:
     assert read_yaml(write(tmp_path, "a: 1e-4\nb: 2E5\nc: 1e-4x\n")) == {"a": 1e-4, "b": 2e5, "c": "1e-4x"}
 
 
+def test_no_is_a_word_and_false_is_not(tmp_path: Path) -> None:
+    read = read_yaml(write(tmp_path, "eval_strategy: no\nbf16: true\nfp16: False\n"))
+    assert read == {"eval_strategy": "no", "bf16": True, "fp16": False}
+
+
 def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"r.yaml:2: .*`a` is given twice"):
         read_yaml(write(tmp_path, "a: 1\na: 2\n"))
