@@ -47,7 +47,9 @@ def load_base(
     half-precision `model.dtype` is refused. Raises ModelError where weights are missing or can't be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils import logging as library_logging
 
+    library_logging.disable_progress_bar()  # a bar for each file of each role; the stage's own bar is enough
     settings: dict[str, Any] = {"dtype": _dtype(section, trainable=trainable), "revision": resolved.revision}
     if section.attn_implementation:
         settings["attn_implementation"] = section.attn_implementation
