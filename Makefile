@@ -35,7 +35,7 @@ pocket-data: setup  ## make data/pocket again, from its script
 	$(BIN)/python data/pocket/make_pocket.py
 
 pocket-base: setup  ## train the shipped pocket base again, from nothing
-	$(BIN)/python data/pocket/make_pocket.py --corpus runs/pocket/corpus.jsonl
+	$(BIN)/python data/pocket/make_pocket.py --corpus runs/pocket/corpus
 	$(BIN)/chatalign pretrain recipes/pocket/base.yaml from_scratch=true output_dir=runs/pocket/base --force
 
 pocket-study: setup  ## the quickstart at three seeds, and the mean of what they reached
