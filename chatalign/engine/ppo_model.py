@@ -69,6 +69,8 @@ class PpoModel(nn.Module):
         self.temperature = temperature
         self.entropy_grad = entropy_grad
         self._adapters = AdapterSwitch(policy) if value_adapter is not None else None
+        self._layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+        super().train(False)
         self.detach_value = False  # value warm-up on a shared trunk trains the head alone
 
     @property
@@ -150,13 +152,12 @@ class PpoModel(nn.Module):
     def train(self, mode: bool = True) -> PpoModel:
         """Never leaves evaluation mode, so that no dropout disturbs the ratio; layers know that they train.
 
-        Gradient checkpointing asks the layer itself whether it trains, not the dropout inside it.
+        Gradient checkpointing asks the layer itself whether it trains, not the dropout inside it. Called at each
+        step, so the walk over all modules is made once.
         """
-        super().train(False)
         self.training = mode
-        for module in self.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = mode
+        for layer in self._layers:
+            layer.training = mode
         return self
 
     def activation_checkpointing_enable(

@@ -37,7 +37,7 @@ def test_ppo_reaches_the_closed_form_optimum(make_recipe: Make, tmp_path: Path, 
     over = {
         "data": {"datasets": [{"path": str(tmp_path / "prompt.jsonl")}]},
         "ppo": {
-            "total_episodes": 256 * 50,
+            "total_episodes": 256 * 25,
             "rollout_batch_size": 256,
             "num_ppo_epochs": 2,
             "num_mini_batches": 2,
@@ -51,7 +51,7 @@ def test_ppo_reaches_the_closed_form_optimum(make_recipe: Make, tmp_path: Path, 
             "rewards": [{"function": f"{tmp_path / 'table.py'}:table"}],
         },
         "train": {
-            "learning_rate": 3e-3,
+            "learning_rate": 5e-3,
             "lr_scheduler_type": "linear",
             "per_device_train_batch_size": 128,
             "logging_steps": 50,
