@@ -184,9 +184,12 @@ def open_run(recipe: Recipe) -> Run:
     if world_size() == 1:
         order = nullcontext()
     else:
+        import torch
         from accelerate import PartialState
 
-        order = PartialState().main_process_first()
+        # Without `cpu` a launch on CPUs is taken for unconnected processes, and nobody waits for the main one.
+        on_cpu = getattr(getattr(recipe, "train", None), "use_cpu", False) or not torch.accelerator.is_available()
+        order = PartialState(cpu=on_cpu).main_process_first()
     with order:
         return _open_run(recipe)
 
