@@ -15,6 +15,7 @@ from chatalign import checkpoint
 from chatalign.artifact import Artifact, BaseModelRef, DataUsed, Kind, fingerprint, hash_files, sha256_file
 from chatalign.data import Prepared
 from chatalign.engine.defaults import learning_rate
+from chatalign.errors import RecipeError
 from chatalign.models.adapters import save_model
 from chatalign.recipe import StageRecipe
 from chatalign.runs import Run
@@ -75,12 +76,20 @@ def argument_values(recipe: StageRecipe, run: Run, *, is_adapter: bool) -> dict[
         "logging_nan_inf_filter": False,  # it would hide a loss that is not finite, and sync at each micro-batch
         "dataloader_pin_memory": torch.cuda.is_available() and not recipe.train.use_cpu,
         "label_names": [],
+        # Said where there is nothing else, since transformers refuses bf16 on a CPU that it wasn't told of.
+        "use_cpu": recipe.train.use_cpu or not torch.accelerator.is_available(),
     }
 
 
 def training_arguments(recipe: StageRecipe, run: Run, *, is_adapter: bool) -> TrainingArguments:
-    """``TrainingArguments`` for a recipe's run; the learning rate is the stage's default where none is given."""
-    return TrainingArguments(**argument_values(recipe, run, is_adapter=is_adapter))
+    """``TrainingArguments`` for a recipe's run; the learning rate is the stage's default where none is given.
+
+    Raises RecipeError with transformers' reason where it refuses a value.
+    """
+    try:
+        return TrainingArguments(**argument_values(recipe, run, is_adapter=is_adapter))
+    except ValueError as error:
+        raise RecipeError(f"`train`: {str(error).splitlines()[0]}") from error
 
 
 def train(trainer: Any, run: Run) -> float:

@@ -4,38 +4,76 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from chatalign import dpo, reward
+from chatalign.recipe import load_recipe
+
 pytestmark = pytest.mark.slow
-_BIN = Path(sys.executable).parent
+_WORDS = ["hello", "world", "Paris", "thank you", "capital"]
+# Runs each recipe in turn; the last one is first stopped by a signal that only the first process gets.
+_SCRIPT = """
+import os, signal, sys
+from importlib import import_module
+from chatalign.engine.lm_trainer import LmTrainer
+from chatalign.errors import Interrupted
+from chatalign.recipe import load_recipe
+
+def run(path):
+    recipe = load_recipe(path)
+    import_module(f"chatalign.{recipe.stage}").run(recipe)
+
+for path in sys.argv[1:-1]:
+    run(path)
+objective = LmTrainer.objective
+def signalled(self, *arguments):
+    if os.environ["RANK"] == "0" and self.state.global_step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return objective(self, *arguments)
+LmTrainer.objective = signalled
+try:
+    run(sys.argv[-1])
+except Interrupted as stopped:
+    assert "saved at step 3" in str(stopped), stopped
+else:
+    raise SystemExit("not interrupted")
+LmTrainer.objective = objective
+run(sys.argv[-1])
+"""
 
 
 @pytest.fixture(scope="module")
-def sft_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = ["hello", "world", "Paris", "thank you", "capital"]
-    rows = [
-        {"messages": [{"role": "user", "content": f"{a} {b}?"}, {"role": "assistant", "content": f"{b}. " * (1 + i)}]}
-        for i, a in enumerate(words)
-        for b in words
-    ]
-    path = tmp_path_factory.mktemp("rows") / "sft.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    both = [(a, b) for a in _WORDS for b in _WORDS]
+    chats = [{"prompt": f"{a} {b}?", "completion": f"{b}. " * (1 + len(a) % 3)} for a, b in both]
+    pairs = [{"prompt": f"{a} {b}?", "chosen": f"{b}.", "rejected": f"{a} no"} for a, b in both]
+    for name, content in (("sft", chats), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
+    return folder
 
 
-def write_recipe(folder: Path, name: str, rows: Path, model: Path, batch_size: int) -> Path:
+def write_recipe(folder: Path, name: str, rows: Path, model: Path, *, batch_size: int, **sections: Any) -> Path:
+    stage = name.partition("-")[0]
     recipe = {
-        "stage": "sft",
+        "stage": stage,
         "output_dir": str(folder / name),
         "model": {"name_or_path": str(model)},
-        "data": {"datasets": [{"path": str(rows)}], "max_length": 64, "packing": False, "eval_fraction": 0.2},
+        "data": {
+            "datasets": [{"path": str(rows / ("sft.jsonl" if stage == "sft" else "pairs.jsonl"))}],
+            "max_length": 64,
+            "packing": False,
+            "eval_fraction": 0.2,
+        },
         "train": {
             "learning_rate": 1e-3,
             "per_device_train_batch_size": batch_size,
@@ -43,9 +81,9 @@ def write_recipe(folder: Path, name: str, rows: Path, model: Path, batch_size: i
             "num_train_epochs": 2,
             "eval_strategy": "epoch",
             "logging_steps": 1,
-            "save_steps": 3,
             "use_cpu": True,
         },
+        **sections,
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe), "utf-8")
@@ -58,25 +96,56 @@ def launch(*command: str | Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    for alone, together in zip(logged(one), logged(two), strict=True):
+        assert together == pytest.approx(alone, rel=1e-3, abs=1e-5)
+    expected = load_file(one / "model" / "model.safetensors")
+    found = load_file(two / "model" / "model.safetensors")
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, atol=1e-5, rtol=1e-5)
+    artifacts = [json.loads((folder / "artifact.json").read_text()) for folder in (one, two)]
+    assert artifacts[0]["tokens_seen"] == artifacts[1]["tokens_seen"] > 0
+    scales = [artifact["extra"].get("normaliser", {}) for artifact in artifacts]
+    assert scales[1] == pytest.approx(scales[0], rel=1e-3)
+
+
 def logged(folder: Path) -> list[dict[str, float]]:
-    kept = ("step", "loss", "eval_loss", "grad_norm", "tokens")
+    dropped = ("time_s", "tokens_per_s", "eval_runtime")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: line[name] for name in kept if name in line} for line in lines if {"loss", "eval_loss"} & line.keys()
+        {name: value for name, value in line.items() if name not in dropped}
+        for line in lines
+        if {"loss", "eval_loss"} & line.keys()
     ]
 
 
-def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, sft_file: Path, tiny_model_folder: Path) -> None:
-    one = write_recipe(tmp_path, "one", sft_file, tiny_model_folder, 4)
-    two = write_recipe(tmp_path, "two", sft_file, tiny_model_folder, 2)
-    launch(_BIN / "accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "chatalign.sft", one)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
-    launch(*torchrun, "-m", "chatalign.sft", two)
-    for alone, together in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
-        assert together == pytest.approx(alone, rel=1e-4)
-    expected = load_file(tmp_path / "one" / "model" / "model.safetensors")
-    found = load_file(tmp_path / "two" / "model" / "model.safetensors")
-    for name, values in expected.items():
-        torch.testing.assert_close(found[name], values, atol=1e-5, rtol=1e-5)
-    artifacts = [json.loads((tmp_path / name / "artifact.json").read_text()) for name in ("one", "two")]
-    assert artifacts[0]["tokens_seen"] == artifacts[1]["tokens_seen"] > 0
+def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, rows: Path, tiny_model_folder: Path) -> None:
+    precomputed = {"dpo": {"precompute_ref_log_probs": True}}
+    ones = {
+        "sft": write_recipe(tmp_path, "sft-one", rows, tiny_model_folder, batch_size=4),
+        "reward": write_recipe(tmp_path, "reward-one", rows, tiny_model_folder, batch_size=4),
+        "dpo": write_recipe(tmp_path, "dpo-one", rows, tiny_model_folder, batch_size=4, **precomputed),
+    }
+    twos = [
+        write_recipe(tmp_path, "sft-two", rows, tiny_model_folder, batch_size=2),
+        write_recipe(tmp_path, "reward-two", rows, tiny_model_folder, batch_size=2),
+        write_recipe(tmp_path, "dpo-two", rows, tiny_model_folder, batch_size=2, **precomputed),
+        write_recipe(tmp_path, "sft-stopped", rows, tiny_model_folder, batch_size=2),
+    ]
+    script = tmp_path / "stages.py"
+    script.write_text(_SCRIPT, "utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    launch(*torchrun, script, *twos)
+    accelerate = [Path(sys.executable).parent / "accelerate", "launch", "--cpu", "--num_processes", "1"]
+    launch(*accelerate, "-m", "chatalign.sft", ones["sft"])
+    reward.run(load_recipe(ones["reward"]))
+    dpo.run(load_recipe(ones["dpo"]))
+    for stage in ones:
+        assert_same_run(tmp_path / f"{stage}-one", tmp_path / f"{stage}-two")
+    assert_same_run(tmp_path / "sft-one", tmp_path / "sft-stopped")
