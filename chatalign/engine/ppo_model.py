@@ -212,11 +212,12 @@ class AdapterSwitch:
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
         """Run with adapter `name`; the one before comes back afterwards."""
-        before = [(module, module._active_adapter) for module in (*self._layers, *self._whole)]
+        modules: list[Any] = [*self._layers, *self._whole]
+        before = [(module, module._active_adapter) for module in modules]
         for layer in self._layers:
             layer._active_adapter = [name]
-        for module in self._whole:  # an adapter without a copy of its own uses the base's module
-            module._active_adapter = [name] if name in module.modules_to_save else []
+        for whole in self._whole:  # an adapter without a copy of its own uses the base's module
+            whole._active_adapter = [name] if name in whole.modules_to_save else []
         try:
             yield
         finally:

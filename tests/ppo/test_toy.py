@@ -30,7 +30,7 @@ def distribution(model: Any, prompt: list[int], replies: list[tuple[int, ...]]) 
         return logps.gather(2, torch.tensor(replies)[:, :, None]).squeeze(2).sum(1).exp()
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_ppo_reaches_the_closed_form_optimum(make_recipe: Make, tmp_path: Path, seed: int) -> None:
     (tmp_path / "table.py").write_text(REWARD, "utf-8")
     (tmp_path / "prompt.jsonl").write_text('{"prompt": "hello"}\n', "utf-8")

@@ -37,11 +37,10 @@ def launch(recipe: PpoRecipe, processes: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", ["separate", "shared"])
-def test_two_processes_are_one(make_recipe: Make, value: str) -> None:
+def test_two_processes_are_one(make_recipe: Make) -> None:
     over = {
         "lora": LORA,
-        "ppo": {"kl_control": "adaptive", "kl_target": 0.01, "kl_horizon": 50, "value": value, "target_kl": 10.0},
+        "ppo": {"kl_control": "adaptive", "kl_target": 0.01, "kl_horizon": 50, "target_kl": 10.0},
         "data": {"eval_fraction": 0.3},
         "train": {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 3},
     }
