@@ -25,11 +25,11 @@ check: setup  ## ruff, types, layering
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
-test: setup  ## everything that CI runs
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+test: setup  ## everything that CI runs, two processes of one thread each
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: setup  ## without what takes more than a few seconds
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 pocket-data: setup  ## make data/pocket again, from its script
 	$(BIN)/python data/pocket/make_pocket.py
