@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from chatalign.data.collate import collate_pairs
 from chatalign.engine.batching import Batch, Bins
-from chatalign.engine.isolation import enable_segments
+from chatalign.engine.isolation import computes_in_half, enable_segments
 from chatalign.engine.loss_head import enable_chunked_head, token_logprobs
 from chatalign.engine.sealed import SealedTrainer
 from chatalign.engine.trainer import Items, Metrics, StageTrainer
@@ -28,7 +28,7 @@ from chatalign.recipe import DpoRecipe
 
 CHOSEN, REJECTED = "ref_chosen_logps", "ref_rejected_logps"
 # Largest |log π − log π_ref| a token before the first update: rounding, and no more.
-_DRIFT_AT_START = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+_DRIFT_AT_START = {"full": 1e-3, "half": 5e-2}
 
 
 def loss_type_of(recipe: DpoRecipe) -> DPOLossType:
@@ -77,7 +77,8 @@ class DpoTrainer(StageTrainer):
         self._checked = False
         super().__init__(**settings, collate=collate_dpo)
         if reference.module is not None:
-            enable_segments(reference.module)
+            with self.accelerator.autocast():
+                enable_segments(reference.module)
             enable_chunked_head(reference.module)
         if self.section.precompute_ref_log_probs:
             self._precompute()
@@ -138,10 +139,10 @@ class DpoTrainer(StageTrainer):
         self._checked = True
         if self.state.global_step > 0:  # resumed
             return
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
-        dtype = drift_2B.dtype if half == torch.float32 else half
+        with self.accelerator.autocast():
+            allowed = _DRIFT_AT_START["half" if computes_in_half(self.model) else "full"]
         drift = float(drift_2B.abs().max())
-        if drift > _DRIFT_AT_START.get(dtype, 1e-3) and not self._is_quantized():
+        if drift > allowed:
             raise ModelError(
                 f"before the first step the policy and its reference differ by {drift:.2g} nats a token: the reference "
                 "is not the model that this run starts from; give the model that SFT made as `model.name_or_path`"
@@ -159,9 +160,6 @@ class DpoTrainer(StageTrainer):
                 f"before the first step the {self.loss_type} loss is {found:.4f} and not {expected:.4f}, its value at "
                 "a margin of 0: the reference is not the model that this run starts from"
             )
-
-    def _is_quantized(self) -> bool:
-        return getattr(self.model, "is_quantized", False)
 
     def _precompute(self) -> None:
         """Run the reference once over all rows and keep two numbers a pair; it is not needed in memory afterwards."""

@@ -48,6 +48,13 @@ def enable_segments(model: nn.Module) -> None:
         check_isolation(model)
 
 
+def computes_in_half(model: nn.Module) -> bool:
+    """Whether the forward pass rounds to half precision: by its weights (4-bit ones too) or under autocast."""
+    if any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters()):
+        return True
+    return torch.is_autocast_enabled(next(model.parameters()).device.type)
+
+
 def check_isolation(model: nn.Module) -> None:
     """Compare a tiny flat batch with its sequences run alone; raises ModelError where a segment sees another."""
     base = unwrapped(model)
@@ -65,7 +72,7 @@ def check_isolation(model: nn.Module) -> None:
     finally:
         model.train(training)
     scale = float(together.float().std())
-    half = together.dtype in (torch.bfloat16, torch.float16)
+    half = computes_in_half(model)
     ends = torch.tensor(_LENGTHS).cumsum(0).tolist()
     kept = torch.cat((together[ends[0] : ends[1]], together[ends[2] :]))
     kept_moved = torch.cat((moved[ends[0] : ends[1]], moved[ends[2] :]))

@@ -23,8 +23,8 @@ from chatalign.engine.attention import segment_inputs
 from chatalign.engine.isolation import unwrapped
 from chatalign.maths import logprobs
 
-# Below this many bytes of fp32 logits the plain head is as fast and its memory does not matter.
-_PLAIN_LOGITS_BYTES = 64 * 2**20
+# Below this many bytes of fp32 logits the plain head is as fast (measured on a CPU) and its memory does not matter.
+_PLAIN_LOGITS_BYTES = 32 * 2**20
 _CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 
 

@@ -61,8 +61,6 @@ class StageTrainer(SealedTrainer):
     ) -> None:
         self.recipe, self.run, self.collate = recipe, run, collate
         self.saved_use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off for training
-        enable_segments(model)
-        enable_chunked_head(model)
         capacity = recipe.data.max_length if self.packed and recipe.data.packing else None
         eval_bins = None if eval_rows is None else make_bins(eval_rows, row_lengths(eval_rows), capacity)
         super().__init__(
@@ -72,6 +70,9 @@ class StageTrainer(SealedTrainer):
             train_dataset=make_bins(train_rows, row_lengths(train_rows), capacity),
             eval_dataset=eval_bins,
         )
+        with self.accelerator.autocast():  # checked on the device and in the precision that it trains in
+            enable_segments(model)
+        enable_chunked_head(model)
         # The objective's loss is normalised over the optimizer step already; the first name is for transformers
         # before 5.20, which decides by whether the model takes loss arguments.
         self.model_accepts_loss_kwargs = True
