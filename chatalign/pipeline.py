@@ -6,6 +6,7 @@ Light until a stage has to run: a finished pipeline is answered from its artifac
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from chatalign.artifact import ARTIFACT_FILE, Artifact, load_artifact, versions, write_json
-from chatalign.errors import ChatalignError, HubError
+from chatalign.errors import ChatalignError, HubError, Interrupted
 from chatalign.launch import hand_out, quiet_libraries, refuse_problems, say
 from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
 from chatalign.runs import finished, locked, open_run, recipe_fingerprint, status
@@ -134,9 +135,32 @@ def _launch(recipe: Recipe, accelerate_config: str | Path) -> None:
         "-m",
         module,
     ]
-    code = subprocess.run([*command, str(path)], check=False).returncode
+    code, stopped = _wait([*command, str(path)])
+    if stopped:
+        raise Interrupted(f"{recipe.output_dir}: stopped; the same command goes on from its last checkpoint")
     if code != 0:
         raise ChatalignError(f"{recipe.output_dir}: `{' '.join(command)} {path}` ended with status {code}; see above")
+
+
+def _wait(command: list[str]) -> tuple[int, bool]:
+    """Run a launcher to its end, however long its processes take to save after a signal; (status, whether asked to stop).
+
+    A terminal's Ctrl-C reaches the launcher by itself; SIGTERM is passed on.
+    """
+    received: list[int] = []
+    process = subprocess.Popen(command)
+
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        if number == signal.SIGTERM:
+            process.terminate()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return process.wait(), bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _reset_process_state() -> None:

@@ -106,12 +106,16 @@ def recipe_fingerprint(recipe: Recipe) -> str:
     """The fingerprint of the run that `recipe` describes, from the files as they are now."""
     settings = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _NOT_IN_FINGERPRINT}
     parents = {parent.role: parent.fingerprint for parent in parents_of(recipe)}
-    models = {}
+    models: dict[str, str | None] = {}
     for role, section in model_inputs(recipe).items():
         if role in parents:  # the parent's fingerprint stands for it, wherever its folder is
             _drop_path(settings, role)
         elif Path(section.name_or_path or "").is_dir():
             models[role] = sha256_weights(section.name_or_path or "")
+    for role, section in [*model_inputs(recipe).items(), ("model", getattr(recipe, "model", None))]:
+        for path in (section.chat_template_path, section.tokenizer_name_or_path) if section else ():
+            if path:
+                models[f"{role}: {path}"] = _content(path)
     if pretrained := getattr(recipe, "pretrained", None):
         models["pretrained"] = sha256_weights(pretrained)
     return fingerprint(

@@ -72,6 +72,23 @@ def test_fingerprint_follows_recipe_data_and_model(recipe: SftRecipe, tmp_path: 
     assert recipe_fingerprint(recipe) != after_data
 
 
+def test_fingerprint_follows_template_and_tokenizer(recipe: SftRecipe, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("a")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    section = recipe.model.model_dump() | {
+        "chat_template_path": str(template),
+        "tokenizer_name_or_path": str(tmp_path / "tokenizer"),
+    }
+    marks = [recipe_fingerprint(changed(recipe, model=section))]
+    template.write_text("b")
+    marks.append(recipe_fingerprint(changed(recipe, model=section)))
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{ }")
+    marks.append(recipe_fingerprint(changed(recipe, model=section)))
+    assert len(set(marks)) == 3
+
+
 def test_child_follows_its_parents_fingerprint_not_its_place(recipe: SftRecipe, tmp_path: Path) -> None:
     finish(recipe)
     child = changed(recipe, model={"name_or_path": recipe.output_dir}, output_dir=str(tmp_path / "child"))

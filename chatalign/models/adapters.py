@@ -53,8 +53,6 @@ def load_policy(recipe: StageRecipe, tokenizer: Any) -> Policy:
     Raises ModelError (wrong base, weights missing, wrong kind) or RecipeError (``lora`` contradicts the adapter).
     """
     with_reference = recipe.stage in _NEEDS_REFERENCE
-    if with_reference and recipe.lora and recipe.lora.lora_dropout:
-        raise RecipeError(f"`lora.lora_dropout` must be 0 in {recipe.stage}: dropout makes the policy's logprobs noise")
     if recipe.model.config is not None:
         model = new_model(recipe.model, tokenizer, seed=recipe.train.seed)
         base_ref = BaseModelRef(name_or_path=f"new {recipe.model.config['model_type']}")

@@ -45,6 +45,12 @@ class StageRecipe(Section):
             raise ValueError("`quantization` freezes the base: add a `lora` section to train (QLoRA)")
         return self
 
+    @model_validator(mode="after")
+    def _no_dropout_where_models_are_compared(self) -> StageRecipe:
+        if self.stage not in ("pretrain", "sft") and self.lora and self.lora.lora_dropout:
+            raise ValueError(f"`lora.lora_dropout` must be 0 in {self.stage}: it makes scores and logprobs noise")
+        return self
+
 
 class PretrainRecipe(StageRecipe):
     """Next-token training on plain text, from nothing or from a model.

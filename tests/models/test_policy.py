@@ -165,7 +165,7 @@ def test_dropout_is_off_where_logprobs_are_compared(sft_adapter: Path, tiny_mode
     load_tokenizer(ModelSection(name_or_path=str(tiny_model_folder))).save_pretrained(noisy)
     model = open_policy("dpo", noisy).model.train()
     assert torch.equal(model(IDS).logits, model(IDS).logits)
-    with pytest.raises(RecipeError, match="lora_dropout"):
+    with pytest.raises(ValueError, match="lora_dropout"):
         open_policy("ppo", sft_adapter, lora=LORA | {"lora_dropout": 0.1}, ppo={"rewards": [{"function": "a.py:b"}]})
 
 

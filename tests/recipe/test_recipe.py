@@ -59,6 +59,8 @@ def test_reads_and_freezes(tmp_path: Path) -> None:
         ({"train": {"bf16": True, "fp16": True}}, "`bf16` and `fp16` contradict each other"),
         ({"model": {"name_or_path": "m", "config": {"model_type": "llama"}}}, "contradict each other"),
         ({"quantization": {"load_in_4bit": True}}, "add a `lora` section to train (QLoRA)"),
+        ({"stage": "dpo", "lora": {"lora_dropout": 0.1}}, "`lora.lora_dropout` must be 0 in dpo"),
+        ({"stage": "reward", "lora": {"lora_dropout": 0.1}}, "`lora.lora_dropout` must be 0 in reward"),
         ({"hub": {"push": True}}, "`push: true` needs `repo`"),
         ({"stage": "sfft"}, "`stage: sfft` is not a stage; did you mean `sft`?"),
         ({"output_dir": None}, "`output_dir`"),
