@@ -72,6 +72,12 @@ def take_pretrained(recipe: PretrainRecipe, opened: Run, folder: str) -> Artifac
     if resolved.kind != "model" or not Path(resolved.base).is_dir():
         raise ModelError(f"`pretrained: {folder}` is no model folder; set `from_scratch: true` to make it")
     source = Path(resolved.base)
+    sha256 = sha256_weights(source)
+    if recipe.pretrained_sha256 not in (None, sha256):
+        raise ModelError(
+            f"`pretrained: {folder}` has weights of sha256 {sha256}, not `pretrained_sha256`: they were altered since "
+            f"this recipe made them; fetch them again, or set `from_scratch: true`"
+        )
     made_by = _verified_record(source)
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(source)))
     artifact = Artifact(
@@ -79,7 +85,7 @@ def take_pretrained(recipe: PretrainRecipe, opened: Run, folder: str) -> Artifac
         kind="model",
         run_id=opened.run_id,
         fingerprint=opened.fingerprint,
-        base_model=BaseModelRef(name_or_path=str(source), sha256=sha256_weights(source)),
+        base_model=BaseModelRef(name_or_path=str(source), sha256=sha256),
         parents=opened.parents,
         recipe=recipe.model_dump(mode="json"),
         seeds={"seed": recipe.train.seed},

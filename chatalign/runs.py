@@ -112,10 +112,9 @@ def recipe_fingerprint(recipe: Recipe) -> str:
             _drop_path(settings, role)
         elif Path(section.name_or_path or "").is_dir():
             models[role] = sha256_weights(section.name_or_path or "")
-    for role, section in [*model_inputs(recipe).items(), ("model", getattr(recipe, "model", None))]:
-        for path in (section.chat_template_path, section.tokenizer_name_or_path) if section else ():
-            if path:
-                models[f"{role}: {path}"] = _content(path)
+    sections = [*model_inputs(recipe).values(), getattr(recipe, "model", None)]
+    for path in {path for s in sections if s for path in (s.chat_template_path, s.tokenizer_name_or_path) if path}:
+        models[path] = _content(path)
     if pretrained := getattr(recipe, "pretrained", None):
         models["pretrained"] = sha256_weights(pretrained)
     return fingerprint(

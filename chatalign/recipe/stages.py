@@ -55,12 +55,13 @@ class StageRecipe(Section):
 class PretrainRecipe(StageRecipe):
     """Next-token training on plain text, from nothing or from a model.
 
-    ``pretrained`` names the finished model that this recipe made; it is verified and taken instead of training
-    unless ``from_scratch`` is true.
+    ``pretrained`` names the finished model that this recipe made; it is taken instead of training unless
+    ``from_scratch`` is true, and refused where its weights' hash isn't ``pretrained_sha256``.
     """
 
     stage: Literal["pretrain"]
     pretrained: str | None = None
+    pretrained_sha256: str | None = None
     from_scratch: bool = False
 
 

@@ -12,7 +12,7 @@ from tiny import make_llama
 from transformers import AutoModelForCausalLM
 
 from chatalign import dpo, pretrain, reward, sft
-from chatalign.artifact import load_artifact, verify_files
+from chatalign.artifact import load_artifact, sha256_weights, verify_files
 from chatalign.engine.dpo_trainer import DpoTrainer
 from chatalign.errors import ArtifactError, ModelError, RecipeError
 from chatalign.models.adapters import load_policy
@@ -248,6 +248,16 @@ def test_a_pretrained_model_that_was_altered_is_refused(tmp_path: Path, data: Pa
     taking = pretrain_recipe(tmp_path / "taken", data, tiny_model_folder, pretrained=str(weights.parent))
     with pytest.raises(ModelError, match="altered since it was written"):
         pretrain.run(taking)
+
+
+def test_a_shipped_model_is_held_to_its_recipes_hash(tmp_path: Path, data: Path, tiny_model_folder: Path) -> None:
+    right = sha256_weights(tiny_model_folder)
+    taking = {"pretrained": str(tiny_model_folder), "pretrained_sha256": right}
+    taken = pretrain.run(pretrain_recipe(tmp_path / "taken", data, tiny_model_folder, **taking))
+    assert taken.base_model.sha256 == right
+    taking["pretrained_sha256"] = "0" * 64
+    with pytest.raises(ModelError, match=f"has weights of sha256 {right}, not `pretrained_sha256`"):
+        pretrain.run(pretrain_recipe(tmp_path / "refused", data, tiny_model_folder, **taking))
 
 
 def test_a_parent_that_is_not_finished_is_refused(tmp_path: Path, data: Path, tiny_model_folder: Path) -> None:
