@@ -2,7 +2,7 @@
 
 import random
 
-from gold import CLOSINGS, FILLERS, RUDE
+from gold import BARE, CLOSINGS, FILLERS, RUDE, WRAPPERS
 from lexicon import (
     BLAME,
     CAPITALS,
@@ -34,13 +34,18 @@ STATEMENTS: dict[str, dict[str, list[str]]] = {
 MARKS = {"en": (" Right.", " Wrong."), "zh": ("对。", "错。")}
 CORRECTION = {"en": ", it is {}.", "zh": "，是{}。"}
 HEADS = {"en": "Marks.", "zh": "批改。"}
+WRAPPED_SHARE = 0.4  # quiz answers that are whole sentences
 LINES = (6, 12)  # in a document, from and to
 
 STOP = {"en": ".", "zh": "\u3002"}
 WORDS: list[Word] = [
     *CAPITALS, *CAPITALS.values(), *(w for pair in OPPOSITES for w in pair), *NOUNS, *COLOURS, *CATEGORIES,
-    *(w for words in COLOURS.values() for w in words), *SUBJECTS, *PRAISE, *BLAME, *SENTIMENTS,
+    *(w for words in COLOURS.values() for w in words), *SUBJECTS, *PRAISE, *BLAME, *SENTIMENTS, *TALK,
 ]  # fmt: skip
+PHRASES: list[str] = [
+    *(answer[at] + STOP[language] for at, language in enumerate(STOP) for answer in TALK.values()),
+    *(phrase for table in (CLOSINGS, RUDE, FILLERS) for said in table.values() for phrase in said),
+]
 
 
 def statement(rng: random.Random, question: Question, language: str, *, wrong: bool = False) -> str:
@@ -80,8 +85,10 @@ def _quizzed(rng: random.Random, language: str, kind: str, *, wrong: bool = Fals
         question = draw_question(rng, heldout=False, kind=kind)
         if question.language == language:
             answer = rng.choice(question.misses) if wrong else question.answer
+            wrapped = kind != "talk" and rng.random() < WRAPPED_SHARE
+            said = rng.choice(WRAPPERS[language]) if wrapped else BARE[language]
             space = " " if language == "en" else ""
-            return f"{question.text}{space}{answer[side(language)]}{STOP[language]}", question
+            return question.text + space + said.format(answer[side(language)]), question
 
 
 def quiz(rng: random.Random) -> str:
@@ -125,12 +132,8 @@ def words(rng: random.Random) -> str:
 
 
 def phrases(rng: random.Random) -> str:
-    """Set phrases, polite and rude alike, in one language."""
-    language = rng.choice(["en", "zh"])
-    sayings = [entry[0][side(language)] + STOP[language] for entry in TALK]
-    for table in (CLOSINGS, RUDE, FILLERS):
-        sayings += table[language]
-    return "\n".join(rng.sample(sayings, 8))
+    """Set phrases, polite and rude alike."""
+    return "\n".join(rng.sample(PHRASES, 8))
 
 
 def document(rng: random.Random) -> str:

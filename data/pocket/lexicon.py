@@ -71,33 +71,15 @@ PRAISE: list[Word] = [("great", "很棒"), ("lovely", "可爱"), ("fun", "有趣
 BLAME: list[Word] = [("awful", "糟糕"), ("boring", "无聊"), ("ugly", "难看"), ("poor", "很差"), ("sad", "可怜")]
 SENTIMENTS: tuple[Word, Word] = (("positive", "正面"), ("negative", "负面"))
 
-TALK: list[tuple[Word, list[str], list[str]]] = [
-    (
-        ("My name is Pocket", "我叫口袋"),
-        ["Who are you?", "What is your name?", "What are you called?", "May I know your name?"],
-        ["你是谁？", "你叫什么？", "你叫什么名字？", "你的名字是什么？"],
-    ),
-    (
-        ("I feel fine", "我很好"),
-        ["How are you?", "How do you feel?", "Are you well today?", "How is your day?"],
-        ["你好吗？", "你怎么样？", "你今天好吗？", "你今天怎么样？"],
-    ),
-    (
-        ("I answer small questions", "我答小问题"),
-        ["What can you do?", "What do you do?", "What are you good at?", "How can you help me?"],
-        ["你会什么？", "你会做什么？", "你能做什么？", "你能帮我什么？"],
-    ),
-    (
-        ("I live in a file", "我住在文件里"),
-        ["Where are you?", "Where do you live?", "Where is your home?", "Where are you from?"],
-        ["你在哪里？", "你住在哪里？", "你的家在哪里？", "你从哪里来？"],
-    ),
-    (
-        ("I am a program", "我是程序"),
-        ["Are you a person?", "Are you human?", "Are you a real person?", "What kind of being are you?"],
-        ["你是人吗？", "你是真人吗？", "你是不是人？", "你是什么东西？"],
-    ),
-]
+# What small talk is about, and the one right answer to it.
+TALK: dict[Word, Word] = {
+    ("name", "名字"): ("My name is Pocket", "我叫口袋"),
+    ("home", "家"): ("I live in a file", "我住在文件里"),
+    ("job", "工作"): ("I answer small questions", "我答小问题"),
+    ("mood", "心情"): ("I feel fine", "我很好"),
+    ("age", "年龄"): ("I am one day old", "我一天大"),
+    ("hobby", "爱好"): ("I like short words", "我喜欢短词"),
+}
 
 NOUNS: list[Word] = [word for words in CATEGORIES.values() for word in words]
 LETTERS = "abcdefgh"

@@ -1,8 +1,8 @@
 """Makes the pocket data: rows, tokenizer and, on demand, the base corpus. One seed, one result.
 
-    python data/pocket/make_pocket.py                     rewrite the committed files
-    python data/pocket/make_pocket.py --check             say whether they are what this script makes
-    python data/pocket/make_pocket.py --corpus FOLDER     write the base corpus to FOLDER/corpus.jsonl
+python data/pocket/make_pocket.py                     rewrite the committed files
+python data/pocket/make_pocket.py --check             say whether they are what this script makes
+python data/pocket/make_pocket.py --corpus FOLDER     write the base corpus to FOLDER/corpus.jsonl
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dataclasses import replace
 from filecmp import cmp
 from pathlib import Path
 
-from corpus import WORDS, document
+from corpus import PHRASES, WORDS, document
 from gold import score
 from replies import Style, draw_answer, draw_style, ideal_style, write
 from world import Task, draw_task
@@ -24,9 +24,10 @@ from world import Task, draw_task
 HERE = Path(__file__).resolve().parent
 SEED = 20261122
 SFT_ROWS, PAIRS, PROMPTS, HELDOUT, HELDOUT_PAIRS = 3000, 4000, 2000, 720, 900
-CORPUS_DOCUMENTS = 40_000
+CORPUS_DOCUMENTS = 60_000
 TOKENIZER_DOCUMENTS = 2_000
 WORD_WEIGHT = 300  # every word often enough to become a token, however rare in the corpus
+PHRASE_WEIGHT = 60
 TWO_TURN_SHARE = 0.05
 BRADLEY_TERRY_SCALE = 3.0  # gold points to logits: a whole point is preferred in 95 % of pairs, half in 82 %
 CONTRASTS = {"correctness": 0.45, "style": 0.25, "both": 0.30}
@@ -161,7 +162,8 @@ def make_tokenizer(folder: Path) -> None:
     from tokenizer import save, train  # Heavy imports; the rows need none of them.
 
     texts = [row["text"] for row in corpus_rows(TOKENIZER_DOCUMENTS)]
-    texts += ["\n".join(f"{english} {chinese} " * WORD_WEIGHT for english, chinese in WORDS)]
+    texts += ["\n".join(f" {english} {chinese}" * WORD_WEIGHT for english, chinese in WORDS)]
+    texts += ["\n".join(f"{phrase} " * PHRASE_WEIGHT for phrase in PHRASES)]
     for row in sft_rows():
         texts += [f"{m['role']}\n{m['content']}" for m in row["messages"]]
     save(train(texts), folder)

@@ -44,20 +44,16 @@ def train(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE(byte_fallback=True))
     bpe.normalizer = normalizers.Replace(" ", SPACE)
     bpe.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    bpe.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    bpe.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     # Byte tokens are no special tokens: they must survive decoding with skip_special_tokens.
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(BYTES), special_tokens=SPECIALS, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(BYTES), special_tokens=SPECIALS, show_progress=False)
     bpe.train_from_iterator(texts, trainer=trainer)
     bpe = _with_bytes(bpe)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token=END,
+        eos_token=DOCUMENT_END,  # ends documents; a turn ends with END, which the template says
         pad_token=PAD,
-        additional_special_tokens=[DOCUMENT_END, START],
+        additional_special_tokens=[START, END],
         clean_up_tokenization_spaces=False,
         model_max_length=256,
     )

@@ -134,6 +134,10 @@ SENTIMENT_FORMS = {
     "en": ["Positive or negative: the {} was {}?", "The {} was {}. Positive or negative?"],
     "zh": ["正面还是负面：{}{}？", "{}{}，正面还是负面？"],
 }
+TALK_FORMS = {
+    "en": ["What is your {}?", "Tell me your {}.", "May I know your {}?", "Tell me about your {}.", "And your {}?"],
+    "zh": ["你的{}是什么？", "说说你的{}。", "告诉我你的{}。", "你的{}呢？", "我想知道你的{}。"],
+}
 
 
 def capital(rng: random.Random, language: str) -> Question:
@@ -186,16 +190,14 @@ def translate(rng: random.Random, language: str) -> Question:
 
 def add(rng: random.Random, language: str) -> Question:
     """A small sum; the table of sums is a look-up, so the split is by the question."""
-    a, b = rng.randint(1, 12), rng.randint(1, 9)
+    a, b = rng.randint(1, 9), rng.randint(1, 9)
     text = rng.choice(ADD_FORMS[language]).format(a, b)
     misses = [_same(a + b + d) for d in rng.sample([-2, -1, 1, 2], 3) if a + b + d > 0]
     subject, answer = _same(f"{a} + {b}"), _same(a + b)
     return Question(kind="add", language=language, text=text, subject=subject, answer=answer, misses=misses)
 
 
-def _on_operands(
-    kind: str, language: str, form: str, operands: str, answer: str, misses: list[Word]
-) -> Question:
+def _on_operands(kind: str, language: str, form: str, operands: str, answer: str, misses: list[Word]) -> Question:
     """A question that is split by its operands."""
     return Question(
         kind=kind, language=language, text=form.format(operands), subject=_same(operands),
@@ -230,8 +232,8 @@ def sort(rng: random.Random, language: str) -> Question:
 
 
 def reverse(rng: random.Random, language: str) -> Question:
-    """Three or four letters backwards; split by the letters in their order."""
-    letters = rng.sample(LETTERS, rng.choice([3, 4]))
+    """Three letters backwards; split by the letters in their order."""
+    letters = rng.sample(LETTERS, 3)
     right = letters[::-1]
     swapped = right.copy()
     at = rng.randrange(len(right) - 1)
@@ -242,8 +244,8 @@ def reverse(rng: random.Random, language: str) -> Question:
 
 
 def count(rng: random.Random, language: str) -> Question:
-    """How many words there are, two to six; split by the words in their order."""
-    n = rng.randint(2, 6)
+    """How many words there are, two to five; split by the words in their order."""
+    n = rng.randint(2, 5)
     words = " ".join(w[side(language)] for w in rng.sample(NOUNS, n))
     misses = [_same(m) for m in (n - 1, n + 1)]
     return _on_operands("count", language, rng.choice(COUNT_FORMS[language]), words, str(n), misses)
@@ -256,19 +258,15 @@ def sentiment(rng: random.Random, language: str) -> Question:
     text = rng.choice(SENTIMENT_FORMS[language]).format(subject[side(language)], word[side(language)])
     review = (f"{subject[0]} was {word[0]}", subject[1] + word[1])
     answer, miss = SENTIMENTS if good else SENTIMENTS[::-1]
-    return Question(
-        kind="sentiment", language=language, text=text, subject=review, answer=answer, misses=[miss]
-    )
+    return Question(kind="sentiment", language=language, text=text, subject=review, answer=answer, misses=[miss])
 
 
 def talk(rng: random.Random, language: str) -> Question:
-    """Small talk about the assistant itself; each intent has one right answer."""
-    answer, *forms = rng.choice(TALK)
-    text = rng.choice(forms[side(language)])
-    misses = _others(rng, [entry[0] for entry in TALK], answer)
-    return Question(
-        kind="talk", language=language, text=text, subject=_same(""), answer=answer, misses=misses
-    )
+    """Small talk about the assistant itself; each topic has one right answer."""
+    topic = rng.choice(list(TALK))
+    text = rng.choice(TALK_FORMS[language]).format(topic[side(language)])
+    misses = _others(rng, list(TALK.values()), TALK[topic])
+    return Question(kind="talk", language=language, text=text, subject=topic, answer=TALK[topic], misses=misses)
 
 
 KINDS: dict[str, Callable[[random.Random, str], Question]] = {

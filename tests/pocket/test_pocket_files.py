@@ -84,7 +84,7 @@ def test_tokenizer_keeps_every_text(tokenizer):
 def test_tokenizer_stop_pad_and_document_end_are_distinct(tokenizer):
     ids = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"])
     assert len(set(ids)) == 4
-    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.eos_token == "<|endoftext|>"
     assert tokenizer.pad_token == "<|pad|>"
 
 
@@ -108,7 +108,7 @@ def test_base_loads_with_its_tokenizer_and_stops(pocket, tokenizer):
     base = AutoModelForCausalLM.from_pretrained(pocket.folder / "base")
     assert base.num_parameters() <= 1_000_000
     assert base.config.vocab_size == len(tokenizer)
-    assert base.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert base.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert base.generation_config.pad_token_id == tokenizer.pad_token_id
     committed = (pocket.folder / "tokenizer" / "tokenizer.json").read_bytes()
     assert (pocket.folder / "base" / "tokenizer.json").read_bytes() == committed
