@@ -23,13 +23,14 @@ from world import Task, draw_task
 
 HERE = Path(__file__).resolve().parent
 SEED = 20261122
-SFT_ROWS, PAIRS, PROMPTS, HELDOUT, HELDOUT_PAIRS = 3000, 4000, 2000, 720, 900
+SFT_ROWS, PAIRS, PROMPTS, HELDOUT, HELDOUT_PAIRS = 3000, 5000, 2000, 720, 900
 CORPUS_DOCUMENTS = 60_000
 TOKENIZER_DOCUMENTS = 2_000
 WORD_WEIGHT = 300  # every word often enough to become a token, however rare in the corpus
 PHRASE_WEIGHT = 60
 TWO_TURN_SHARE = 0.05
 BRADLEY_TERRY_SCALE = 3.0  # gold points to logits: a whole point is preferred in 95 % of pairs, half in 82 %
+LEAST_DIFFERENCE = 0.25  # in gold, between the replies of a pair: closer ones nobody is asked about
 CONTRASTS = {"correctness": 0.45, "style": 0.25, "both": 0.30}
 Row = dict
 
@@ -85,7 +86,7 @@ def pair(rng: random.Random, task: Task, contrast: str) -> tuple[str, str]:
     """Two replies that the gold reward tells apart."""
     while True:
         first, second = two_replies(rng, task, contrast)
-        if gold_of(task, first) != gold_of(task, second):
+        if abs(gold_of(task, first) - gold_of(task, second)) >= LEAST_DIFFERENCE:
             return first, second
         task = draw_task(rng, heldout=task.question.heldout) if contrast == "correctness" else task
 
