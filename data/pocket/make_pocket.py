@@ -23,13 +23,14 @@ from world import Task, draw_task
 
 HERE = Path(__file__).resolve().parent
 SEED = 20261122
-SFT_ROWS, PAIRS, PROMPTS, HELDOUT, HELDOUT_PAIRS = 3000, 5000, 2000, 720, 900
+SFT_ROWS, PAIRS, FEEDBACK, PROMPTS, HELDOUT, HELDOUT_PAIRS = 3000, 5000, 1000, 2000, 720, 900
 CORPUS_DOCUMENTS = 60_000
 TOKENIZER_DOCUMENTS = 2_000
 WORD_WEIGHT = 300  # every word often enough to become a token, however rare in the corpus
 PHRASE_WEIGHT = 60
 TWO_TURN_SHARE = 0.05
 BRADLEY_TERRY_SCALE = 3.0  # gold points to logits: a whole point is preferred in 95 % of pairs, half in 82 %
+THUMBS_UP = 1.25  # the gold at which a reply is liked and disliked alike often
 LEAST_DIFFERENCE = 0.25  # in gold, between the replies of a pair: closer ones nobody is asked about
 CONTRASTS = {"correctness": 0.45, "style": 0.25, "both": 0.30}
 Row = dict
@@ -108,6 +109,16 @@ def preference_rows() -> Iterator[Row]:
         yield {"prompt": task.messages, "chosen": _turn(chosen), "rejected": _turn(rejected)}
 
 
+def feedback_rows() -> Iterator[Row]:
+    """Single replies with a thumb up or down, drawn from the gold reward with the same noise."""
+    rng = _rng("feedback")
+    for _ in range(FEEDBACK):
+        task = draw_task(rng)
+        reply = write(draw_answer(rng, task), draw_style(rng, task))
+        liked = 1 / (1 + math.exp(-BRADLEY_TERRY_SCALE * (gold_of(task, reply) - THUMBS_UP)))
+        yield {"prompt": task.messages, "completion": _turn(reply), "label": rng.random() < liked}
+
+
 def heldout_pair_rows() -> Iterator[Row]:
     """Noiseless held-out pairs, a third of each contrast."""
     rng = _rng("pairs_heldout")
@@ -145,6 +156,7 @@ def corpus_rows(documents: int = CORPUS_DOCUMENTS) -> Iterator[Row]:
 FILES: dict[str, Callable[[], Iterator[Row]]] = {
     "sft.jsonl": sft_rows,
     "preferences.jsonl": preference_rows,
+    "feedback.jsonl": feedback_rows,
     "prompts.jsonl": lambda: prompt_rows("prompts", PROMPTS, heldout=False),
     "heldout.jsonl": lambda: prompt_rows("heldout", HELDOUT, heldout=True),
     "pairs_heldout.jsonl": heldout_pair_rows,

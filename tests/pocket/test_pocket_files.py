@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-TRAINING = ("sft.jsonl", "preferences.jsonl", "prompts.jsonl")
+TRAINING = ("sft.jsonl", "preferences.jsonl", "feedback.jsonl", "prompts.jsonl")
 HELDOUT = ("heldout.jsonl", "pairs_heldout.jsonl")
 MEBIBYTE = 2**20
 
