@@ -143,7 +143,7 @@ def _launch(recipe: Recipe, accelerate_config: str | Path) -> None:
 
 
 def _wait(command: list[str]) -> tuple[int, bool]:
-    """Run a launcher to its end, however long its processes take to save after a signal; (status, whether asked to stop).
+    """Run a launcher to its end, however long it takes to save after a signal; (status, whether it was asked to stop).
 
     A terminal's Ctrl-C reaches the launcher by itself; SIGTERM is passed on.
     """
