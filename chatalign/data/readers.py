@@ -28,14 +28,17 @@ def _messages(row: RawRow, column: str) -> Messages:
 
 
 def read_messages(row: RawRow) -> Row:
+    """``messages``: a list of role and content, with optional ``tools``."""
     return Conversation(messages=_messages(row, "messages"), tools=read_tools(row.get("tools")))
 
 
 def read_sharegpt(row: RawRow) -> Row:
+    """``conversations``: a list of from and value (or role and content), with optional ``tools``."""
     return Conversation(messages=_messages(row, "conversations"), tools=read_tools(row.get("tools")))
 
 
 def read_alpaca(row: RawRow) -> Row:
+    """``instruction``, ``input`` and ``output``, with optional ``system`` and ``history``."""
     instruction, output = _text(row, "instruction"), _text(row, "output")
     extra_input = row.get("input")
     if isinstance(extra_input, str) and extra_input.strip():
@@ -57,6 +60,7 @@ def read_alpaca(row: RawRow) -> Row:
 
 
 def read_prompt_completion(row: RawRow) -> Row:
+    """``prompt`` and ``completion``, each a text or a list of turns; only the completion is learned."""
     prompt, completion, raw = _prompt_and(row, "completion")
     return Conversation(
         messages=[*prompt, *completion], first_supervised=len(prompt), tools=read_tools(row.get("tools")), raw=raw
@@ -64,6 +68,7 @@ def read_prompt_completion(row: RawRow) -> Row:
 
 
 def read_unpaired(row: RawRow) -> Row:
+    """One reply with its ``label``: prompt and completion, or a conversation that ends in the reply."""
     label = read_label(row.get("label"))
     column = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
     tools = read_tools(row.get("tools"))
@@ -76,6 +81,7 @@ def read_unpaired(row: RawRow) -> Row:
 
 
 def read_preference(row: RawRow) -> Row:
+    """``chosen`` and ``rejected`` with their prompt: texts, turns, or conversations that begin alike."""
     tools = read_tools(row.get("tools"))
     column = next((name for name in ("conversations", "messages", "prompt") if row.get(name) is not None), None)
     if all(isinstance(row.get(side), str) for side in ("chosen", "rejected")) and not looks_like_turns(row["chosen"]):
@@ -141,10 +147,12 @@ def _hh_turns(transcript: str, side: str) -> Messages:
 
 
 def read_text(row: RawRow) -> Row:
+    """``text``: a document."""
     return Text(text=_text(row, "text"))
 
 
 def read_prompt(row: RawRow) -> Row:
+    """``prompt``, or any row that begins with one: what PPO and evaluation answer."""
     value = row.get("prompt")
     if isinstance(value, str) and not looks_like_turns(value):
         prompt = _string_prompt(row)

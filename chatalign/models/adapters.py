@@ -150,6 +150,7 @@ def read_lora_config(folder: Path) -> Any:
 
 
 def refuse_other_lora(lora: LoraSection, config: Any, folder: Path) -> None:
+    """Raise RecipeError where a recipe's ``lora`` contradicts the adapter that it goes on with."""
     for key in ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern"):
         asked, saved = getattr(lora, key), getattr(config, key)
         if asked != saved:
