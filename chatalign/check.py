@@ -45,6 +45,8 @@ def check_recipe(recipe: Recipe, *, made_later: frozenset[str] = frozenset()) ->
     yield from _packages(recipe)
     for role, section in model_inputs(recipe).items():
         yield _model(role, section, made_later)
+    if getattr(recipe, "pretrained", None) and not getattr(recipe, "from_scratch", False):
+        yield _model("pretrained", ModelSection(name_or_path=recipe.pretrained), made_later)  # type: ignore[union-attr]
     for name in _functions(recipe):
         yield _function(name)
     yield _output(recipe)
@@ -144,9 +146,13 @@ def _output(recipe: Recipe) -> Finding:
 
 def _rows(recipe: Recipe) -> Iterator[Finding]:
     from chatalign.data.checks import check_data
+    from chatalign.data.sources import looks_local
 
     for section, kind in data_sections(recipe):
         names = ", ".join(source.path for source in section.datasets)
+        if not any(Path(source.path).exists() or looks_local(source.path) for source in section.datasets):
+            yield Finding(f"rows of {names} as {kind}: on the Hub, not looked at before the run")
+            continue
         problems = check_data(section, kind)
         more = f" ({len(problems) - 1} more such problems)" if len(problems) > 1 else ""
         yield Finding(f"rows of {names} as {kind}", DataError(problems[0] + more) if problems else None)

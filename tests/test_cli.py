@@ -138,3 +138,16 @@ def test_check_reads_gold_functions_without_running_them(place: Path) -> None:
     assert code == 1
     assert "has no function `scor`; it has score" in text
     assert call("check", "eval.yaml", "eval.gold=gold.py:score")[0] == 0
+
+
+def test_check_says_what_it_did_not_look_at(place: Path) -> None:
+    code, text = call("check", "sft.yaml", "data.datasets.0.path=owner/rows", "model.name_or_path=owner/model")
+    assert code == 0
+    assert "rows of owner/rows as conversation: on the Hub, not looked at before the run" in text
+
+
+def test_check_names_a_missing_pretrained_model(place: Path) -> None:
+    (place / "base.yaml").write_text(yaml.safe_dump(RECIPE | {"stage": "pretrain", "pretrained": "./modle"}))
+    code, text = call("check", "base.yaml")
+    assert code == 1
+    assert "`pretrained: ./modle`: no such folder; did you mean model?" in text
