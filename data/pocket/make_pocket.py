@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from filecmp import cmp
+from itertools import islice
 from pathlib import Path
 
 from corpus import PHRASES, WORDS, document
 from gold import score
-from replies import Style, draw_answer, draw_style, ideal_style, write
+from replies import Style, draw_answer, draw_style, ideal_style, in_other_language, write
 from world import Task, draw_task
 
 HERE = Path(__file__).resolve().parent
@@ -29,9 +30,12 @@ TOKENIZER_DOCUMENTS = 2_000
 WORD_WEIGHT = 300  # every word often enough to become a token, however rare in the corpus
 PHRASE_WEIGHT = 60
 TWO_TURN_SHARE = 0.05
+IDEAL = 2.25  # gold of a reply without fault
+FAULTLESS_KEPT = 0.75
 BRADLEY_TERRY_SCALE = 3.0  # gold points to logits: a whole point is preferred in 95 % of pairs, half in 82 %
 THUMBS_UP = 1.25  # the gold at which a reply is liked and disliked alike often
 LEAST_DIFFERENCE = 0.25  # in gold, between the replies of a pair: closer ones nobody is asked about
+OTHER_LANGUAGE_SHARE = 0.6
 CONTRASTS = {"correctness": 0.45, "style": 0.25, "both": 0.30}
 Row = dict
 
@@ -41,10 +45,10 @@ def _rng(name: str) -> random.Random:
     return random.Random(f"{SEED}/{name}")
 
 
-def sft_rows() -> Iterator[Row]:
-    """Demonstrations of mixed quality."""
+def demonstrations() -> Iterator[tuple[Row, bool]]:
+    """Demonstrations of mixed quality without end, each with whether its last reply is faultless."""
     rng = _rng("sft")
-    for _ in range(SFT_ROWS):
+    while True:
         messages: list[dict] = []
         for _turn in range(2 if rng.random() < TWO_TURN_SHARE else 1):
             task = draw_task(rng)
@@ -52,7 +56,14 @@ def sft_rows() -> Iterator[Row]:
                 task = draw_task(rng)
             reply = write(draw_answer(rng, task), draw_style(rng, task))
             messages += [*task.messages, {"role": "assistant", "content": reply}]
-        yield {"messages": messages}
+        yield {"messages": messages}, gold_of(task, reply) == IDEAL
+
+
+def sft_rows() -> Iterator[Row]:
+    """Demonstrations with some of the faultless ones left out, so that alignment has room above fine-tuning."""
+    rng = _rng("sft/kept")
+    kept = (row for row, faultless in demonstrations() if not faultless or rng.random() < FAULTLESS_KEPT)
+    return islice(kept, SFT_ROWS)
 
 
 def gold_of(task: Task, reply: str) -> float:
@@ -76,7 +87,12 @@ def two_replies(rng: random.Random, task: Task, contrast: str) -> tuple[str, str
 
 
 def _other_style(rng: random.Random, task: Task, style: Style) -> Style:
-    """A second draw of style, of the same wrapper, that is not the first again."""
+    """A second draw of style, of the same wrapper, that is not the first again.
+
+    Where the prompt asks for another language than its own, it is often the same style in the other language.
+    """
+    if task.language != task.question.language and rng.random() < OTHER_LANGUAGE_SHARE:
+        return in_other_language(style)
     while True:
         other = replace(draw_style(rng, task), wrapper=style.wrapper)
         if other != style:
@@ -177,7 +193,7 @@ def make_tokenizer(folder: Path) -> None:
     texts = [row["text"] for row in corpus_rows(TOKENIZER_DOCUMENTS)]
     texts += ["\n".join(f" {english} {chinese}" * WORD_WEIGHT for english, chinese in WORDS)]
     texts += ["\n".join(f"{phrase} " * PHRASE_WEIGHT for phrase in PHRASES)]
-    for row in sft_rows():
+    for row, _faultless in islice(demonstrations(), SFT_ROWS):
         texts += [f"{m['role']}\n{m['content']}" for m in row["messages"]]
     save(train(texts), folder)
 

@@ -46,6 +46,22 @@ def ideal_style(rng: random.Random, task: Task) -> Style:
     return Style(language=task.language, wrapper=draw_wrapper(rng, task), closing=closing)
 
 
+def in_other_language(style: Style) -> Style:
+    """The same style said in the other language."""
+    here, there = ("en", "zh") if style.language == "en" else ("zh", "en")
+
+    def said(phrase: str, table: dict[str, list[str]]) -> str:
+        return table[there][table[here].index(phrase)] if phrase else ""
+
+    return Style(
+        language=there,
+        wrapper=style.wrapper,
+        closing=said(style.closing, CLOSINGS),
+        rude=said(style.rude, RUDE),
+        fillers=tuple(said(filler, FILLERS) for filler in style.fillers),
+    )
+
+
 def draw_wrapper(rng: random.Random, task: Task) -> int:
     """Which wrapper goes round the answer; -1 is none, for small talk, whose answers are sentences."""
     return -1 if task.question.kind == "talk" else rng.randrange(len(WRAPPERS["en"]))
