@@ -26,10 +26,10 @@ check: setup  ## ruff, types, layering
 	$(BIN)/python -m pytest tests/test_layers.py
 
 test: setup  ## everything that CI runs, two processes of one thread each
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup  ## without what takes more than a few seconds
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 pocket-data: setup  ## make data/pocket again, from its script
 	$(BIN)/python data/pocket/make_pocket.py

@@ -19,13 +19,8 @@ from tiny import make_llama, make_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """For ``-n 2``: a file's tests stay in one process, and all that share the quickstart's run in one."""
-    item.add_marker(pytest.mark.xdist_group("quickstart" if "quickstart" in item.path.parts else item.path.name))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quickstart, the longest, starts first."""
+    """The quickstart, the longest, first: one process of ``--dist loadfile`` runs it, the other all the rest."""
     items.sort(key=lambda item: "quickstart" not in item.path.parts)
 
 
