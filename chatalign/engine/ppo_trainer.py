@@ -77,6 +77,12 @@ class PpoTrainer(StageTrainer):
             eval_rows=eval_rows,
             collate=collate_lm,
         )
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if self.is_fsdp_enabled or getattr(plugin, "zero_stage", 0) == 3:
+            raise ModelError(
+                "PPO does not train sharded weights: launch with accelerate_configs/ddp.yaml, and a `lora` section or "
+                "`quantization` where one GPU is too small"
+            )
         self.play = play
         play.collector.rewards.to(args.device)
         play.collector.autocast = self.accelerator.autocast
