@@ -51,8 +51,6 @@ def load_base(
 
     library_logging.disable_progress_bar()  # a bar for each file of each role; the stage's own bar is enough
     settings: dict[str, Any] = {"dtype": _dtype(section, trainable=trainable), "revision": resolved.revision}
-    if section.attn_implementation:
-        settings["attn_implementation"] = section.attn_implementation
     if quantization is not None:
         settings |= _quantized(quantization, settings["dtype"])
     if scoring:

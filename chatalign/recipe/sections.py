@@ -36,7 +36,6 @@ class ModelSection(Section):
     tokenizer_name_or_path: str | None = None
     revision: str = "main"
     dtype: DtypeName = "auto"
-    attn_implementation: str | None = None
     trust_remote_code: Literal[False] = False
     chat_template_path: str | None = None
 
