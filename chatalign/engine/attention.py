@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from chatalign.engine import flex_attention, varlen_attention
 from chatalign.errors import ModelError
 
-ATTENTION = "chatalign_segments"
+Kernel = Literal["auto", "varlen", "flex", "sdpa"]
+ATTENTION = "chatalign_segments"  # the entry's name; one that holds to a kernel has it appended
 # Arguments of other attention entries that change the result and that this one does not compute.
 _UNSUPPORTED = ("s_aux", "position_bias")
 
@@ -38,7 +41,9 @@ class SegmentPlan:
     longest: int  # keys that the longest segment sees, its prefix included
     groups: list[list[int]]  # segments of equal length and equal prefix length, run as one batch
     _masks: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, compare=False)
-    _varlen: dict[torch.device, VarlenTable] = field(default_factory=dict, compare=False)
+    _varlen: dict[torch.device, varlen_attention.VarlenTable] = field(default_factory=dict, compare=False)
+    _flex: dict[tuple[torch.device, int | None], Any] = field(default_factory=dict, compare=False)
+    ran: set[str] = field(default_factory=set, compare=False)  # kernels that were used on it
 
     def mask(self, length: int, prefix: int, device: torch.device) -> Tensor:
         """(length, prefix + length) booleans: the prefix fully, then causal."""
@@ -48,22 +53,18 @@ class SegmentPlan:
             self._masks[key] = everything.tril(diagonal=prefix)
         return self._masks[key]
 
-    def varlen(self, device: torch.device) -> VarlenTable:
+    def varlen(self, device: torch.device) -> varlen_attention.VarlenTable:
         """The same table for a variable-length kernel, on `device`."""
         if device not in self._varlen:
-            self._varlen[device] = _varlen_table(self, device)
+            self._varlen[device] = varlen_attention.varlen_table(self, device)
         return self._varlen[device]
 
-
-@dataclass(frozen=True)
-class VarlenTable:
-    """Cumulative lengths of queries and keys, int32 (S + 1,), and where each key comes from (None: in place)."""
-
-    cu_seq_q: Tensor
-    cu_seq_k: Tensor
-    max_q: int
-    max_k: int
-    key_index: Tensor | None
+    def flex(self, device: torch.device, window: int | None) -> Any:
+        """The same table as FlexAttention's block mask."""
+        window = window if window is not None and self.longest > window else None
+        if (device, window) not in self._flex:
+            self._flex[device, window] = flex_attention.block_mask(self, device, window)
+        return self._flex[device, window]
 
 
 def plan_segments(segments: Tensor, total: int) -> SegmentPlan:
@@ -116,12 +117,13 @@ def segment_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     segments: SegmentPlan | Tensor | None = None,
+    kernel: Kernel = "auto",
     **kwargs: Any,  # transformers' interface: what a model passes to every attention entry
 ) -> tuple[Tensor, None]:
     """Attention of q (1, H, T, D) over k and v (1, H or fewer, T, D); returns ((1, T, H, D), None).
 
-    Raises ModelError where a segment is longer than the layer's sliding window, or the model needs a term that is
-    not computed here.
+    Raises ModelError where a segment is longer than the layer's sliding window (FlexAttention computes windows), the
+    model needs a term that is not computed here, or `kernel` can't run what the layer asks for.
     """
     softcap = kwargs.get("softcap")
     if segments is None and softcap is not None:
@@ -134,16 +136,51 @@ def segment_attention_forward(
         )
         return output, weights
     plan = segments if isinstance(segments, SegmentPlan) else plan_segments(segments, query.shape[2])
-    _require_supported(module, plan, kwargs)
-    if _varlen_fits(query, key, dropout) and softcap is None:
-        return _varlen_attention(query, key, value, plan, scaling), None
+    query, key, value = _in_autocast_dtype(query, key, value)
+    kernel = _choose(kernel, query, key, dropout, softcap)
+    plan.ran.add(kernel)
+    _require_supported(module, plan, kwargs, windows=kernel == "flex")
+    if kernel == "varlen":
+        return varlen_attention.attend(query, key, value, plan.varlen(query.device), scaling=scaling), None
+    if kernel == "flex":
+        mask = plan.flex(query.device, kwargs.get("sliding_window"))
+        return flex_attention.attend(query, key, value, mask, scaling=scaling, softcap=softcap), None
     key, value = _repeat_heads(query, key, value)
     return _segment_by_segment(query, key, value, plan, dropout, scaling, softcap), None
 
 
-def _require_supported(module: nn.Module, plan: SegmentPlan, kwargs: dict[str, Any]) -> None:
+def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    # Rotary embedding multiplies by float32 cosines, so that under autocast queries and keys arrive in float32.
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+
+
+def _choose(wanted: Kernel, query: Tensor, key: Tensor, dropout: float, softcap: float | None) -> Kernel:
+    """The kernel that runs; ModelError where a wanted one can't."""
+    if wanted == "sdpa" or (wanted == "auto" and not query.is_cuda):
+        return "sdpa"
+    varlen = softcap is None and varlen_attention.fits(query, key, dropout)
+    if wanted == "varlen" and not varlen:
+        raise ModelError(
+            "`model.attention: varlen` runs on a GPU, in half precision, with heads of at most 256, without dropout "
+            "and softcap, and this layer asks for something else; set `model.attention: auto`"
+        )
+    if wanted == "flex" and dropout:
+        raise ModelError("`model.attention: flex` has no dropout; set `model.attention: auto`")
+    if wanted != "auto":
+        return wanted
+    if varlen:
+        return "varlen"
+    shape = {"heads": query.shape[1], "kv_heads": key.shape[1], "head_dim": query.shape[-1]}
+    fits = not dropout and flex_attention.works(**shape, dtype=query.dtype, device=query.device, softcap=softcap)
+    return "flex" if fits else "sdpa"
+
+
+def _require_supported(module: nn.Module, plan: SegmentPlan, kwargs: dict[str, Any], *, windows: bool) -> None:
     window = kwargs.get("sliding_window")
-    if window is not None and plan.longest > window:
+    if window is not None and plan.longest > window and not windows:
         raise ModelError(
             f"a sequence of {plan.longest} tokens is longer than {type(module).__name__}'s sliding window of {window}; "
             f"set `data.max_length` to {window} or less"
@@ -239,61 +276,13 @@ def _softcapped(
     return F.dropout(weights, p=dropout, training=dropout > 0) @ value
 
 
-def _varlen_fits(query: Tensor, key: Tensor, dropout: float) -> bool:
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and dropout == 0 and query.shape[-1] == key.shape[-1] <= 256
-
-
-def _varlen_table(plan: SegmentPlan, device: torch.device) -> VarlenTable:
-    ends = [0]
-    for length in plan.lengths:
-        ends.append(ends[-1] + length)
-    key_lengths, places = [], []
-    for i, (length, prefix) in enumerate(zip(plan.lengths, plan.prefixes, strict=True)):
-        before = [] if prefix is None else [torch.arange(ends[prefix], ends[prefix + 1])]
-        places += [*before, torch.arange(ends[i], ends[i + 1])]
-        key_lengths.append(length + (0 if prefix is None else plan.lengths[prefix]))
-    key_ends = [0, *torch.tensor(key_lengths).cumsum(0).tolist()]
-    shared = any(prefix is not None for prefix in plan.prefixes)
-    return VarlenTable(
-        cu_seq_q=torch.tensor(ends, dtype=torch.int32, device=device),
-        cu_seq_k=torch.tensor(key_ends, dtype=torch.int32, device=device),
-        max_q=max(plan.lengths),
-        max_k=max(key_lengths),
-        key_index=torch.cat(places).to(device) if shared else None,
-    )
-
-
-def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scaling: float | None) -> Tensor:
-    """One flash-attention call for all segments; keys of a shared prefix are gathered before each reply's own.
-
-    Flash attention aligns its causal mask to the bottom right, which is "the prefix fully, then causal".
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    table = plan.varlen(query.device)
-    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
-    if table.key_index is not None:
-        keys, values = keys.index_select(0, table.key_index), values.index_select(0, table.key_index)
-    if query.shape[1] != key.shape[1]:
-        repeats = query.shape[1] // key.shape[1]
-        keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
-    output = varlen_attn(
-        queries.contiguous(),
-        keys.contiguous(),
-        values.contiguous(),
-        table.cu_seq_q,
-        table.cu_seq_k,
-        table.max_q,
-        table.max_k,
-        scale=scaling,
-        window_size=(-1, 0),
-    )
-    assert isinstance(output, Tensor)
-    return output.unsqueeze(0)
+def entry_name(kernel: Kernel) -> str:
+    """The name under which transformers knows the entry that runs `kernel`."""
+    return ATTENTION if kernel == "auto" else f"{ATTENTION}_{kernel}"
 
 
 def register() -> None:
-    """Make the entry known to transformers under :data:`ATTENTION`; again does nothing new."""
-    AttentionInterface.register(ATTENTION, segment_attention_forward)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    """Make the entry known to transformers by :func:`entry_name`, one for each kernel; again does nothing new."""
+    for kernel in get_args(Kernel):
+        AttentionInterface.register(entry_name(kernel), partial(segment_attention_forward, kernel=kernel))
+        AttentionMaskInterface.register(entry_name(kernel), sdpa_mask)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chatalign.engine.attention import ATTENTION, register, segment_inputs
+from chatalign.engine.attention import ATTENTION, Kernel, entry_name, register, segment_inputs
 from chatalign.errors import ModelError
 
 _LENGTHS = (5, 7, 4, 6)  # a document, then prompt | chosen | rejected
@@ -33,19 +33,27 @@ def unwrapped(model: nn.Module) -> Any:
             return inner
 
 
-def enable_segments(model: nn.Module) -> None:
+def runs_segments(model: nn.Module) -> bool:
+    """Whether the model is set to the segment entry, with whichever kernel."""
+    name: str = unwrapped(model).config._attn_implementation
+    return name.startswith(ATTENTION)
+
+
+def enable_segments(model: nn.Module, kernel: Kernel = "auto") -> frozenset[str]:
     """Set the model to the segment entry and check it; raises ModelError for a model that can't run it.
 
-    Nothing is run where the weights are not here to run: on the meta device, or sharded by ZeRO-3 before training.
+    Returns the kernels that its layers ran in the check. Nothing is run, and none returned, where the weights are
+    not here to run: on the meta device, or sharded by ZeRO-3 before training.
     """
     register()
     base = unwrapped(model)
     if not getattr(base, "_can_set_attn_implementation", lambda: False)():
         raise ModelError(f"{type(base).__name__} does not use transformers' attention interface; {_REMEDY}")
-    if base.config._attn_implementation != ATTENTION:
-        base.set_attn_implementation(ATTENTION)
-    if not any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
-        check_isolation(model)
+    if base.config._attn_implementation != entry_name(kernel):
+        base.set_attn_implementation(entry_name(kernel))
+    if any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
+        return frozenset()
+    return check_isolation(model)
 
 
 def computes_in_half(model: nn.Module) -> bool:
@@ -55,15 +63,19 @@ def computes_in_half(model: nn.Module) -> bool:
     return torch.is_autocast_enabled(next(model.parameters()).device.type)
 
 
-def check_isolation(model: nn.Module) -> None:
-    """Compare a tiny flat batch with its sequences run alone; raises ModelError where a segment sees another."""
+def check_isolation(model: nn.Module) -> frozenset[str]:
+    """Compare a tiny flat batch with its sequences run alone; raises ModelError where a segment sees another.
+
+    Returns the kernels of attention that ran.
+    """
     base = unwrapped(model)
     ids = _tiny_ids(base)
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            together = _hidden(base, _flat_batch(ids))
+            inputs = segment_inputs(_flat_batch(ids))
+            together = _run(base, inputs)
             moved = _hidden(base, _flat_batch(_change_first_and_chosen(ids, base)))
             alone = _run_alone(base, ids)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -83,6 +95,7 @@ def check_isolation(model: nn.Module) -> None:
             f"{type(base).__name__} mixes the documents of a packed row (leak {leak / scale:.1e}, "
             f"gap {gap / scale:.1e} of the hidden states' spread); {_REMEDY}"
         )
+    return frozenset(inputs["segments"].ran)
 
 
 def _tiny_ids(base: Any) -> Tensor:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from chatalign.data.collate import collate_pairs
-from chatalign.engine.attention import ATTENTION
 from chatalign.engine.batching import Batch, Bins, make_loader, to_device
-from chatalign.engine.isolation import enable_segments, unwrapped
+from chatalign.engine.isolation import enable_segments, runs_segments, unwrapped
 from chatalign.engine.sealed import SealedTrainer
 from chatalign.engine.trainer import Items, Metrics, StageTrainer
 from chatalign.maths.reward import ScoreNormaliser, bradley_terry_loss
@@ -73,7 +72,7 @@ def store_normaliser(trainer: SealedTrainer, rows: Any) -> dict[str, Any]:
 def _all_scores(trainer: SealedTrainer, bins: Bins) -> Iterator[Tensor]:
     args, model = trainer.args, trainer.model_wrapped
     assert isinstance(model, nn.Module)
-    if unwrapped(model).config._attn_implementation != ATTENTION:  # TRL's engine trains without it
+    if not runs_segments(model):  # TRL's engine trains without it
         enable_segments(model)
     model.eval()
     size = args.per_device_eval_batch_size

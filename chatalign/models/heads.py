@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from chatalign.artifact import BaseModelRef
-from chatalign.engine.attention import ATTENTION, segment_inputs
-from chatalign.engine.isolation import unwrapped
+from chatalign.engine.attention import segment_inputs
+from chatalign.engine.isolation import runs_segments
 from chatalign.errors import ModelError
 from chatalign.models.adapters import (
     DEFAULT,
@@ -182,7 +182,7 @@ def scores_at(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     `model` may be wrapped (DDP, FSDP, peft): the forward that runs is the wrapper's. It must run the segment
     attention (:func:`chatalign.engine.isolation.enable_segments`), else ModelError: replies would see each other.
     """
-    if unwrapped(model).config._attn_implementation != ATTENTION:
+    if not runs_segments(model):
         raise ModelError("the reward model doesn't run the segment attention; call enable_segments(model) first")
     captured: list[Tensor] = []
     head = active_head(model)
