@@ -9,13 +9,9 @@ A run folder holds::
 Light: no torch here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
-import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,6 +153,9 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 
 def versions() -> dict[str, str]:
     """Versions of chatalign, Python and the libraries that results depend on; reads metadata, imports nothing."""
+    import platform
+    from importlib import metadata
+
     found = {"chatalign": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

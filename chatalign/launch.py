@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from chatalign.artifact import Artifact
 from chatalign.errors import ChatalignError, HubError, Interrupted
@@ -34,7 +34,7 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it regrets a kernel at each import
 
 
-def stage_main(stage: str, run: RunFunction, argv: Sequence[str] | None = None) -> None:
+def stage_main(stage: str, run: RunFunction, argv: Sequence[str] | None = None) -> NoReturn:
     """``python -m chatalign.STAGE RECIPE [key=value ...] [--force] [--traceback]``; ends the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = {name for name in ("--force", "--traceback") if name in arguments}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -216,6 +215,8 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def _open_run(recipe: Recipe) -> Run:
+    import secrets
+
     folder = Path(recipe.output_dir)
     run_fingerprint = recipe_fingerprint(recipe)
     parents = parents_of(recipe)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from chatalign.cli import app
+from chatalign.commands import app
 
 RECIPE: dict[str, Any] = {
     "stage": "sft",

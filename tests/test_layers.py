@@ -15,10 +15,10 @@ LAYERS = [
     {"recipe", "artifact", "runs", "metrics_file"},
     {"data", "models", "engine", "rollout", "checkpoint", "tracking"},
     {"sft", "reward", "dpo", "ppo", "pretrain", "kto", "evaluate", "hub", "merge", "report", "chat"},
-    {"launch", "check", "preflight", "pipeline", "cli", "__main__"},
+    {"launch", "check", "preflight", "pipeline", "commands", "cli", "__main__"},
 ]
 STAGES = {"sft", "reward", "dpo", "ppo", "pretrain", "kto", "evaluate"}
-LIGHT = ("errors", "recipe", "artifact", "runs", "launch", "check", "preflight", "pipeline", "cli", "data.checks")
+LIGHT = ("errors", "recipe", "artifact", "runs", "launch", "check", "preflight", "pipeline", "commands", "cli", "data.checks")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 

@@ -136,6 +136,15 @@ def test_inputs_become_folders_of_earlier_stages(chain: Path) -> None:
     assert stages["dpo"].model.name_or_path == str(runs / "sft")  # type: ignore[union-attr]
 
 
+def test_a_stages_override_holds_beside_one_of_the_pipeline(chain: Path) -> None:
+    """In either order: the pipeline's own key once took the stages' later ones with it."""
+    changes: dict[str, Any] = {"output_dir": "elsewhere", "dpo.dpo.beta": 0.3}
+    for order in (changes, dict(reversed(changes.items()))):
+        stages = resolve_stages(load_pipeline(chain, order), chain)
+        assert stages["dpo"].dpo.beta == 0.3  # type: ignore[union-attr]
+        assert stages["dpo"].output_dir == "elsewhere/dpo"
+
+
 def test_a_failing_launch_names_the_command(chain: Path, ran: list[str]) -> None:
     with pytest.raises(ChatalignError, match="ended with status"):
         run_pipeline(chain, accelerate_config=chain.parent / "no_such_config.yaml")

@@ -7,43 +7,15 @@ the file that names it. Paths inside recipes are relative to the working directo
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from chatalign.errors import RecipeError
 from chatalign.recipe.sections import Section
 from chatalign.recipe.stages import STAGES, PipelineRecipe, Recipe
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars (``1e-4`` is a number, ``no`` is a word) that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"`{key_node.value}` is given twice; delete one", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -52,17 +24,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
+    from chatalign.recipe.yaml_loader import YAMLError, parse_yaml
+
     if path.resolve() in seen:
         raise RecipeError(f"{path}: `extends` goes round in a circle; take one of them out")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the path of a recipe file"
         raise RecipeError(f"{path}: no such recipe{hint}") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not a UTF-8 YAML file ({error}); give the path of a recipe file") from None
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
@@ -86,14 +60,16 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     """``["train.learning_rate=1e-4"]`` → ``{"train.learning_rate": 0.0001}``; values are read as YAML."""
+    from chatalign.recipe.yaml_loader import YAMLError, parse_yaml
+
     overrides: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise RecipeError(f"`{item}` is not key=value; write it like train.learning_rate=1e-4")
         try:
-            overrides[key.strip()] = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError:
+            overrides[key.strip()] = parse_yaml(text)
+        except YAMLError:
             raise RecipeError(f"`{item}`: the value is not valid YAML; put it in quotes") from None
     return overrides
 
@@ -160,9 +136,9 @@ def load_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) 
     raw = read_yaml(path)
     if "pipeline" not in raw:
         raise RecipeError(f"{path}: not a pipeline (no `pipeline:` name); run it with `chatalign {raw.get('stage')}`")
-    stages = raw.get("stages")
     for dotted, value in (overrides or {}).items():
         first, _, rest = dotted.partition(".")
+        stages = raw.get("stages")  # of this turn's raw: the one before may have been copied
         if isinstance(stages, dict) and rest and isinstance(stages.get(first), dict):
             stages[first].setdefault("overrides", {})[rest] = value
         else:

@@ -1,0 +1,226 @@
+"""The commands. Light: each imports what it needs when it runs, so ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from chatalign.cli import launch_stage
+
+app = typer.Typer(
+    name="chatalign",
+    help="From a pretrained language model to a chat assistant: SFT, reward models, DPO and PPO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys, as train.learning_rate=1e-4.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Run again even where the same run is finished.")]
+Trace = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+ModelRef = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, adapter folder, model folder or Hub id.")]
+
+
+def _end(work: Callable[[], None], traceback: bool = False) -> None:
+    from chatalign.launch import guarded, quiet_libraries
+
+    quiet_libraries()
+    raise typer.Exit(guarded(work, show_traceback=traceback))
+
+
+def _stage(stage: str, recipe: str, overrides: list[str] | None, force: bool, traceback: bool) -> None:
+    flags = ["--force"] * force + ["--traceback"] * traceback
+    launch_stage(stage, [recipe, *(overrides or []), *flags])
+
+
+@app.command()
+def pretrain(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+    """Next-token training on plain text."""
+    _stage("pretrain", recipe, overrides, force, traceback)
+
+
+@app.command()
+def sft(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+    """Supervised fine-tuning on demonstrations."""
+    _stage("sft", recipe, overrides, force, traceback)
+
+
+@app.command()
+def reward(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+    """A reward model from preference pairs."""
+    _stage("reward", recipe, overrides, force, traceback)
+
+
+@app.command()
+def dpo(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+    """Direct preference optimisation."""
+    _stage("dpo", recipe, overrides, force, traceback)
+
+
+@app.command()
+def ppo(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+    """PPO against a reward model or Python rewards."""
+    _stage("ppo", recipe, overrides, force, traceback)
+
+
+@app.command()
+def kto(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+    """KTO on unpaired feedback, run by TRL."""
+    _stage("kto", recipe, overrides, force, traceback)
+
+
+@app.command("eval")
+def evaluate(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+    """Measure models side by side."""
+    _stage("eval", recipe, overrides, force, traceback)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    force: Force = False,
+    accelerate_config: Annotated[
+        str | None, typer.Option(help="Start each stage through accelerate with this configuration file.")
+    ] = None,
+    traceback: Trace = False,
+) -> None:
+    """A chain of stages; what is fresh is skipped, what was killed goes on."""
+
+    def work() -> None:
+        from chatalign.pipeline import run_pipeline
+        from chatalign.recipe import parse_overrides
+
+        run_pipeline(recipe, parse_overrides(overrides or []), force=force, accelerate_config=accelerate_config)
+
+    _end(work, traceback)
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Everything that can be known before training; exit status 1 on a problem."""
+    from chatalign.launch import quiet_libraries
+    from chatalign.preflight import print_check
+
+    quiet_libraries()
+    raise typer.Exit(print_check(recipe, overrides or []))
+
+
+@app.command()
+def inspect(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="How many rows to show.")] = 3,
+    traceback: Trace = False,
+) -> None:
+    """The rows as the model will see them, supervised tokens coloured."""
+
+    def work() -> None:
+        from chatalign.preflight import print_rows
+
+        print_rows(recipe, overrides or [], rows)
+
+    _end(work, traceback)
+
+
+@app.command()
+def chat(
+    model: ModelRef,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest reply, in tokens.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="For the same replies again.")] = None,
+    traceback: Trace = False,
+) -> None:
+    """Talk to a model."""
+
+    def work() -> None:
+        from chatalign.chat import chat as talk
+
+        talk(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+
+    _end(work, traceback)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A stage's or a pipeline's run folder.")],
+    traceback: Trace = False,
+) -> None:
+    """Write report.md, plots and (for a pipeline) report.html again from what the run left."""
+
+    def work() -> None:
+        from pathlib import Path
+
+        from chatalign.pipeline import write_report
+
+        write_report(Path(run_folder))
+
+    _end(work, traceback)
+
+
+@app.command()
+def merge(
+    model: ModelRef,
+    output: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the merged model goes.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "auto",
+    traceback: Trace = False,
+) -> None:
+    """Fold an adapter into its base model."""
+
+    def work() -> None:
+        from chatalign.merge import merge as fold
+
+        print(fold(model, output, dtype=dtype))
+
+    _end(work, traceback)
+
+
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    repo: Annotated[str, typer.Option(help="The Hub repository, as me/my-assistant.")],
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = True,
+    traceback: Trace = False,
+) -> None:
+    """Upload a finished run's model, tokenizer and card to the Hub."""
+
+    def work() -> None:
+        from chatalign.hub import push as upload
+
+        print(upload(model, repo, private=private))
+
+    _end(work, traceback)
+
+
+@app.command()
+def schema(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage's name, or pipeline.")] = "sft",
+) -> None:
+    """The JSON Schema of a recipe, for editors."""
+    import json
+
+    from chatalign.recipe import STAGES, PipelineRecipe
+
+    classes: dict[str, Any] = {**STAGES, "pipeline": PipelineRecipe}
+    if stage not in classes:
+        print(f"chatalign: `{stage}` is not a stage; give one of {', '.join(classes)}", file=sys.stderr)
+        raise typer.Exit(2)
+    print(json.dumps(classes[stage].model_json_schema(), indent=2))
+
+
+@app.command()
+def env() -> None:
+    """Versions of chatalign and of what it stands on, for bug reports."""
+    from chatalign.artifact import versions
+
+    for name, version in versions().items():
+        print(f"{name:14} {version}")
