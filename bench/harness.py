@@ -1,0 +1,141 @@
+"""What all training arms share: a clock around the steps, a probe of loss and gradient, and one line of JSON.
+
+``install`` puts both on ``transformers.Trainer``, which chatalign's, TRL's and LLaMA-Factory's trainers all are, so
+that every arm is measured by the same code, in its own process, through its own public entry. CPU time is the
+process's, over the steps after the first ``WARM_STEPS``; items are counted from the batches that the model was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+WARM_STEPS = 2
+LEARNING_RATE = 1e-4
+BATCH, PACKS = 8, 4  # rows a step where rows are padded; packs of 512 tokens where they are packed
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+Count = Callable[[dict[str, Any]], int]
+Probe = Callable[[Any], float]
+
+
+@dataclass
+class Measured:
+    """Marks of (CPU seconds, wall seconds) after each step, and what each step trained on."""
+
+    marks: list[tuple[float, float]] = field(default_factory=list)
+    items: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    probe: dict[str, float] = field(default_factory=dict)
+    memory_before_mb: float = 0.0
+    trainable: int = 0
+
+
+def arguments() -> argparse.Namespace:
+    """The command line that every arm takes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--model", required=True, help="a folder of workload.py")
+    parser.add_argument("--rows", required=True)
+    parser.add_argument("--probe", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--variant", choices=["default", "tuned"], default="default")
+    return parser.parse_args()
+
+
+def read_rows(file: str) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file."""
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def rss_mb() -> float:
+    """Peak resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def mark(measured: Measured) -> None:
+    """Note the clocks; an arm without a Trainer calls it after each step."""
+    measured.marks.append((time.process_time(), time.perf_counter()))
+
+
+def install(count: Count, probe: Probe) -> Measured:
+    """Watch the next ``Trainer.train``: `probe` before it, `count` of each micro-batch, the clocks after each step.
+
+    `probe` gives the mean loss over the arm's evaluation rows, having called backward on it; the gradient norm is
+    taken here and the gradients dropped.
+    """
+    import transformers
+
+    measured = Measured()
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003  # the callback interface
+            mark(measured)
+
+    train, training_step = transformers.Trainer.train, transformers.Trainer.training_step
+
+    def watched_train(self, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003  # the trainer's own signature
+        self.add_callback(Clock())
+        self.model.train()
+        measured.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        measured.probe = {"probe_loss": probe(self), "probe_grad_norm": gradient_norm(self.model)}
+        self.model.zero_grad()
+        measured.memory_before_mb = rss_mb()
+        return train(self, *args, **kwargs)
+
+    def watched_step(self, model, inputs, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003
+        if len(measured.items) == len(measured.marks):
+            measured.items.append(0)
+        measured.items[-1] += count(inputs)
+        loss = training_step(self, model, inputs, *args, **kwargs)
+        measured.losses.append(float(loss))
+        return loss
+
+    transformers.Trainer.train, transformers.Trainer.training_step = watched_train, watched_step
+    return measured
+
+
+def gradient_norm(model: Any) -> float:
+    """The 2-norm of all gradients; 0 would mean that nothing is learnt."""
+    return float(sum(p.grad.double().pow(2).sum() for p in model.parameters() if p.grad is not None) ** 0.5)
+
+
+def finish(measured: Measured, args: argparse.Namespace, arm: str, versions: list[str]) -> None:
+    """Write the result; refuses one without a gradient, or with too few steps to say anything."""
+    steps = len(measured.marks) - WARM_STEPS
+    if steps < 3 or not measured.probe["probe_grad_norm"] > 0:
+        raise SystemExit(f"{arm}: {steps} timed steps, gradient norm {measured.probe}: nothing was measured")
+    (cpu_start, wall_start), (cpu_end, wall_end) = measured.marks[WARM_STEPS - 1], measured.marks[-1]
+    items = sum(measured.items[WARM_STEPS:])
+    result = {
+        "arm": arm,
+        "work": args.work,
+        "model": Path(args.model).name.removeprefix("llama-"),
+        "dtype": args.dtype,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", "0")),
+        "steps": steps,
+        "items": items,
+        "items_all": sum(measured.items),
+        "cpu_s": cpu_end - cpu_start,
+        "wall_s": wall_end - wall_start,
+        "items_per_cpu_s": items / (cpu_end - cpu_start),
+        "peak_mb": rss_mb(),
+        "training_mb": rss_mb() - measured.memory_before_mb,
+        "trainable": measured.trainable,
+        "first_loss": measured.losses[0],
+        "last_loss": measured.losses[-1],
+        "versions": {name: importlib.metadata.version(name) for name in ["torch", "transformers", *versions]},
+        **measured.probe,
+    }
+    with Path(args.out).open("a") as file:
+        file.write(json.dumps(result) + "\n")
