@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -281,8 +281,13 @@ def entry_name(kernel: Kernel) -> str:
     return ATTENTION if kernel == "auto" else f"{ATTENTION}_{kernel}"
 
 
-def register() -> None:
-    """Make the entry known to transformers by :func:`entry_name`, one for each kernel; again does nothing new."""
+@cache
+def register(*, opaque: bool = False) -> None:
+    """Make the entry known to transformers by :func:`entry_name`, one for each kernel; again does nothing.
+
+    `opaque` keeps torch.compile out of it, for the rest of the process: segments differ from batch to batch.
+    """
+    forward = torch.compiler.disable(segment_attention_forward) if opaque else segment_attention_forward
     for kernel in get_args(Kernel):
-        AttentionInterface.register(entry_name(kernel), partial(segment_attention_forward, kernel=kernel))
+        AttentionInterface.register(entry_name(kernel), partial(forward, kernel=kernel))
         AttentionMaskInterface.register(entry_name(kernel), sdpa_mask)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from chatalign.data.collate import collate_pairs
 from chatalign.engine.batching import Batch, Bins
-from chatalign.engine.isolation import computes_in_half, enable_segments
-from chatalign.engine.loss_head import enable_chunked_head, token_logprobs
+from chatalign.engine.isolation import computes_in_half
+from chatalign.engine.loss_head import token_logprobs
+from chatalign.engine.model_setup import set_up_reference
 from chatalign.engine.sealed import SealedTrainer
 from chatalign.engine.trainer import Items, Metrics, StageTrainer
 from chatalign.errors import ModelError, RecipeError
@@ -78,10 +79,13 @@ class DpoTrainer(StageTrainer):
         super().__init__(**settings, collate=collate_dpo)
         if reference.module is not None:
             with self.accelerator.autocast():
-                enable_segments(reference.module)
-            enable_chunked_head(reference.module)
+                set_up_reference(reference.module, self.recipe, self.levers)
         if self.section.precompute_ref_log_probs:
             self._precompute()
+
+    def beside(self) -> list[nn.Module]:
+        """The reference, where it is a copy."""
+        return [] if self.reference.module is None else [self.reference.module]
 
     def objective(  # type: ignore[override]
         self, model: nn.Module, batch: Batch, num_items: float | Tensor

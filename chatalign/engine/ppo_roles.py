@@ -63,7 +63,7 @@ def build_roles(recipe: PpoRecipe, policy: Policy, tokenizer: Any, stop_ids: Seq
 
     Raises ModelError or RecipeError where a reward model or a function can't be used.
     """
-    enable_segments(policy.model)
+    enable_segments(policy.model, recipe.model.attention)
     sources = [_source(name, weight, section, policy, tokenizer) for name, weight, section in _named_models(recipe)]
     rewards = _rewards(recipe, sources, policy)
     model = _with_value(recipe, policy, sources, rewards)
@@ -72,7 +72,7 @@ def build_roles(recipe: PpoRecipe, policy: Policy, tokenizer: Any, stop_ids: Seq
     for each in (policy.model, *([reference] if reference is not None else [])):
         if not forbid_tokens(each, forbidden):
             forbidden = ()
-        enable_segments(each)
+        enable_segments(each, recipe.model.attention)
         enable_chunked_head(each)
     return Roles(model=model, policy=policy, rewards=rewards, forbidden=forbidden)
 
@@ -144,7 +144,7 @@ def _model_term(recipe: PpoRecipe, source: _RewardSource, policy: Policy) -> Ter
         scorer = ModelScorer(policy.model, head, batch_size=batch_size, adapter=adapter)
     else:
         loaded = load_reward_model(source.section, source.tokenizer, quantization=recipe.quantization).model
-        enable_segments(loaded)
+        enable_segments(loaded, source.section.attention)
         retokenize = None if source.same_text else _retokenizer(source.tokenizer)
         scorer = ModelScorer(loaded, active_head(loaded), batch_size=batch_size, retokenize=retokenize)
     normaliser = _normaliser(source.resolved, scorer.model.config) if recipe.ppo.normalize_reward else None

@@ -60,7 +60,7 @@ def build_trainer(
         ),
         tokenizer=tokenizer,
         batch_size=section.local_rollout_forward_batch_size,
-        own_logps=_low_precision(recipe, roles) or roles.model.shares_trunk,
+        own_logps=args.bf16 or _low_precision(recipe, roles) or roles.model.shares_trunk,
     )
     return PpoTrainer(
         play=Play(collector=collector, sampling=sampling, schedule=schedule, ptx_rows=ptx_rows),
@@ -82,7 +82,7 @@ def ptx_kind(section: DataSection) -> Kind:
 def _low_precision(recipe: PpoRecipe, roles: Roles) -> bool:
     """Whether decoding and the flat forward pass may round differently enough to move the ratio from 1."""
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in roles.policy.model.parameters())
-    return half or recipe.train.bf16 or recipe.train.fp16 or recipe.quantization is not None
+    return half or recipe.train.fp16 or recipe.quantization is not None
 
 
 def _refuse_long(recipe: PpoRecipe, roles: Roles, prompt_rows: Any) -> None:

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from chatalign import checkpoint
 from chatalign.artifact import Artifact, BaseModelRef, DataUsed, Kind, fingerprint, hash_files, sha256_file
 from chatalign.data import Prepared
+from chatalign.engine import levers
 from chatalign.engine.defaults import learning_rate
 from chatalign.errors import RecipeError
 from chatalign.models.adapters import save_model
@@ -22,7 +23,7 @@ from chatalign.runs import Run
 from chatalign.tracking import report_to
 
 # Read by the stage or the trainer base, not by TrainingArguments.
-_NOT_PASSED = {"learning_rate", "save_total_limit"}
+_NOT_PASSED = {"learning_rate", "save_total_limit", *levers.KEYS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +66,25 @@ def argument_values(recipe: StageRecipe, run: Run, *, is_adapter: bool) -> dict[
     given = recipe.train.model_dump(exclude=_NOT_PASSED)
     # False too: transformers warns of an old name at whatever value it is given.
     given = {name: value for name, value in given.items() if value is not None and value is not False}
-    return given | {
-        "output_dir": str(run.checkpoints),
-        "learning_rate": learning_rate(recipe, is_adapter=is_adapter),
-        "save_total_limit": None,  # transformers would delete the last good checkpoint before ours is sealed
-        "report_to": report_to(recipe) or "none",
-        "run_name": recipe.run_name or run.folder.name,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,  # it would hide a loss that is not finite, and sync at each micro-batch
-        "dataloader_pin_memory": torch.cuda.is_available() and not recipe.train.use_cpu,
-        "label_names": [],
-        # Said where there is nothing else, since transformers refuses bf16 on a CPU that it wasn't told of.
-        "use_cpu": recipe.train.use_cpu or not torch.accelerator.is_available(),
-    }
+    chosen = levers.choose(recipe, levers.hardware(use_cpu=recipe.train.use_cpu))
+    return (
+        given
+        | chosen.arguments()
+        | {
+            "output_dir": str(run.checkpoints),
+            "learning_rate": learning_rate(recipe, is_adapter=is_adapter),
+            "save_total_limit": None,  # transformers would delete the last good checkpoint before ours is sealed
+            "report_to": report_to(recipe) or "none",
+            "run_name": recipe.run_name or run.folder.name,
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "logging_nan_inf_filter": False,  # it would hide a loss that is not finite, and sync at each micro-batch
+            "dataloader_pin_memory": torch.cuda.is_available() and not recipe.train.use_cpu,
+            "label_names": [],
+            # Said where there is nothing else, since transformers refuses bf16 on a CPU that it wasn't told of.
+            "use_cpu": recipe.train.use_cpu or not torch.accelerator.is_available(),
+        }
+    )
 
 
 def training_arguments(recipe: StageRecipe, run: Run, *, is_adapter: bool) -> TrainingArguments:
@@ -131,7 +137,7 @@ def finish(
         data=data,
         seeds={"seed": recipe.train.seed, "data_seed": recipe.train.data_seed or recipe.train.seed},
         metrics={name: float(value) for name, value in metrics.items()},
-        extra=dict(extra or {}),
+        extra=dict(extra or {}) | ({"ran_with": ran_with} if (ran_with := getattr(trainer, "ran_with", None)) else {}),
         wall_s=wall_s,
         tokens_seen=int(getattr(trainer.state, "num_input_tokens_seen", 0)),
         tokens_per_s=float(getattr(trainer, "tokens_per_s", 0.0)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,9 +27,10 @@ from chatalign.engine.batching import (
     row_lengths,
     to_device,
 )
-from chatalign.engine.isolation import enable_segments
-from chatalign.engine.loss_head import enable_chunked_head
+from chatalign.engine.levers import choose, hardware
 from chatalign.engine.metrics import MetricSums, Stopwatch
+from chatalign.engine.model_setup import set_up
+from chatalign.engine.offloading import OffloadedActivations
 from chatalign.engine.sealed import SealedTrainer
 from chatalign.recipe import StageRecipe
 from chatalign.runs import Run
@@ -70,9 +72,13 @@ class StageTrainer(SealedTrainer):
             train_dataset=make_bins(train_rows, row_lengths(train_rows), capacity),
             eval_dataset=eval_bins,
         )
+        self.levers = choose(recipe, hardware(use_cpu=args.device.type == "cpu"))
+        assert isinstance(self.train_dataset, Bins)
         with self.accelerator.autocast():  # checked on the device and in the precision that it trains in
-            enable_segments(model)
-        enable_chunked_head(model)
+            self.ran_with = set_up(model, recipe, self.levers, args, rows=self.train_dataset, beside=self.beside())
+        self._saving: AbstractContextManager[Any] = (
+            OffloadedActivations(model) if self.levers.offload else nullcontext()
+        )
         # The objective's loss is normalised over the optimizer step already; the first name is for transformers
         # before 5.20, which decides by whether the model takes loss arguments.
         self.model_accepts_loss_kwargs = True
@@ -84,6 +90,10 @@ class StageTrainer(SealedTrainer):
         tracking.attach(self, recipe, run)
 
     # What a stage overrides
+
+    def beside(self) -> list[nn.Module]:
+        """Other models that are on the device while this one trains."""
+        return []
 
     def objective(  # type: ignore[override]  # transformers' attribute of this name serves hyperparameter search alone
         self, model: nn.Module, batch: Batch, num_items: float | Tensor
@@ -141,7 +151,8 @@ class StageTrainer(SealedTrainer):
         """The objective's loss, times the processes that DDP's mean will divide by; 0 for a filler."""
         assert num_items_in_batch is not None
         filler = bool(inputs.pop("filler", False))
-        loss, metrics = self.objective(model, inputs, num_items_in_batch)
+        with self._saving:
+            loss, metrics = self.objective(model, inputs, num_items_in_batch)
         self.metric_sums.add(metrics, filler=filler)
         self._tokens += 0 if filler else inputs["input_ids"].numel()
         self._watch(loss, "loss")

@@ -107,9 +107,13 @@ def _settings(work: Work) -> dict[str, Any]:
     values = argument_values(work.recipe, work.run, is_adapter=work.is_adapter)
     train = work.recipe.train
     return {name: value for name, value in values.items() if name != "label_names"} | {
-        "bf16": train.bf16,
+        "bf16": values.get("bf16", False),
         "fp16": train.fp16,
         "gradient_checkpointing": train.gradient_checkpointing,
+        "activation_offloading": train.activation_offloading,
+        "torch_compile": train.torch_compile,
+        "use_liger_kernel": bool(train.use_liger_kernel),
+        "liger_kernel_config": train.liger_kernel_config,
         "include_num_input_tokens_seen": "non_padding",
         "push_to_hub": False,
     }

@@ -62,7 +62,7 @@ def opened(section: ModelSection, quantization: QuantizationSection | None) -> I
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if quantization is None:
         model = merged(model).to(device)
-    enable_segments(model)
+    enable_segments(model, section.attention)
     enable_chunked_head(model)
     try:
         yield Policy(model=model, tokenizer=tokenizer, device=device)

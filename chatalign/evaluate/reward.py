@@ -41,7 +41,7 @@ def opened_judge(section: ModelSection, quantization: QuantizationSection | None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if quantization is None:
         model = merged(model).to(device)
-    enable_segments(model)
+    enable_segments(model, section.attention)
     try:
         yield Judge(model=model, tokenizer=tokenizer, device=device)
     finally:

@@ -71,7 +71,7 @@ def load_policy(recipe: StageRecipe, tokenizer: Any) -> Policy:
         model = new_adapter(model, recipe.lora, base_ref, task_type="CAUSAL_LM", seed=recipe.train.seed)
     if with_reference:
         disable_dropout(model)
-    ready_to_train(model, gradient_checkpointing=recipe.train.gradient_checkpointing and is_adapter)
+    ready_to_train(model, gradient_checkpointing=bool(recipe.train.gradient_checkpointing) and is_adapter)
     reference = _reference(model, resolved, is_adapter) if with_reference else None
     return Policy(model=model, reference=reference, base_ref=base_ref, is_adapter=is_adapter)
 

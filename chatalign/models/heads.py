@@ -83,7 +83,7 @@ def new_reward_model(recipe: RewardRecipe, tokenizer: Any) -> RewardModel:
         lora = recipe.lora.model_copy(update={"modules_to_save": _with_score(recipe.lora.modules_to_save)})
         model = new_adapter(model, lora, base_ref, task_type="SEQ_CLS", seed=recipe.train.seed)
     disable_dropout(model)
-    ready_to_train(model, gradient_checkpointing=recipe.train.gradient_checkpointing and is_adapter)
+    ready_to_train(model, gradient_checkpointing=bool(recipe.train.gradient_checkpointing) and is_adapter)
     return RewardModel(model=model, base_ref=base_ref, is_adapter=is_adapter)
 
 

@@ -2,11 +2,11 @@
 
 A field is here because a stage reads it; each class names the library class whose fields it holds, and a
 contract test compares the two. Sections are frozen, refuse unknown keys, and import nothing heavy.
+
+No ``from __future__ import annotations`` here: pydantic would evaluate each field's text, at every start.
 """
 
-from __future__ import annotations
-
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,12 +15,19 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "varlen", "flex", "sdpa"]
 
 
 class Section(BaseModel):
     """Frozen, keyword-only, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        defer_build=True,  # a command validates one recipe: the other stages' validators needn't be built
+    )
 
 
 class ModelSection(Section):
@@ -28,7 +35,8 @@ class ModelSection(Section):
 
     ``name_or_path`` is a Hub id, a folder with a model or an adapter, or a chatalign run folder; in a pipeline
     the name of an earlier stage. ``config`` (a model configuration as a mapping with ``model_type``) makes a
-    model from nothing instead, with the tokenizer of ``tokenizer_name_or_path``.
+    model from nothing instead, with the tokenizer of ``tokenizer_name_or_path``. ``attention`` is ours: the kernel
+    of the native engine, chosen by device and precision where it isn't given.
     """
 
     name_or_path: str | None = None
@@ -36,11 +44,12 @@ class ModelSection(Section):
     tokenizer_name_or_path: str | None = None
     revision: str = "main"
     dtype: DtypeName = "auto"
+    attention: Attention = "auto"
     trust_remote_code: Literal[False] = False
     chat_template_path: str | None = None
 
     @model_validator(mode="after")
-    def _one_source(self) -> ModelSection:
+    def _one_source(self) -> Self:
         if self.name_or_path and self.config:
             raise ValueError("`name_or_path` and `config` contradict each other: give one of the two")
         if self.config is not None and "model_type" not in self.config:
@@ -61,7 +70,7 @@ class QuantizationSection(Section):
     llm_int8_threshold: float = 6.0
 
     @model_validator(mode="after")
-    def _one_width(self) -> QuantizationSection:
+    def _one_width(self) -> Self:
         if self.load_in_4bit == self.load_in_8bit:
             raise ValueError("set exactly one of `load_in_4bit` and `load_in_8bit` to true")
         return self
@@ -125,7 +134,7 @@ class DataSection(Section):
     num_proc: Count | None = None
 
     @model_validator(mode="after")
-    def _weights_on_all_or_none(self) -> DataSection:
+    def _weights_on_all_or_none(self) -> Self:
         weighted = [source.weight is not None for source in self.datasets]
         if any(weighted) and not all(weighted):
             raise ValueError("give `weight` to every entry of `datasets` or to none")
@@ -133,7 +142,11 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    """``transformers.TrainingArguments``: the fields that a stage passes on, with the stage's own defaults."""
+    """``transformers.TrainingArguments``: the fields that a stage passes on, with the stage's own defaults.
+
+    ``activation_offloading`` is TRL's. Where ``bf16``, ``tf32`` and ``use_liger_kernel`` are null, the hardware
+    decides; ``gradient_checkpointing: auto`` recomputes as few layers as the GPU's memory asks for.
+    """
 
     learning_rate: Positive | None = None  # None: the stage's published default, full or LoRA
     num_train_epochs: Positive = 1.0
@@ -150,11 +163,14 @@ class TrainSection(Section):
     adam_beta2: Fraction = 0.999
     adam_epsilon: Positive = 1e-8
     max_grad_norm: NonNegative = 1.0
-    bf16: bool = False
+    bf16: bool | None = None
     fp16: bool = False
     tf32: bool | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = False
+    activation_offloading: bool = False
     torch_compile: bool = False
+    use_liger_kernel: bool | None = None
+    liger_kernel_config: dict[str, bool] | None = None
     neftune_noise_alpha: NonNegative | None = None
     logging_steps: Positive = 10
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
@@ -172,7 +188,7 @@ class TrainSection(Section):
     ddp_timeout: Count = 1800
 
     @model_validator(mode="after")
-    def _one_precision(self) -> TrainSection:
+    def _one_precision(self) -> Self:
         if self.bf16 and self.fp16:
             raise ValueError("`bf16` and `fp16` contradict each other: set one of the two")
         return self
@@ -187,7 +203,7 @@ class HubSection(Section):
     license: str | None = None  # the model card's, such as apache-2.0
 
     @model_validator(mode="after")
-    def _repo_where_pushed(self) -> HubSection:
+    def _repo_where_pushed(self) -> Self:
         if self.push and not self.repo:
             raise ValueError("`push: true` needs `repo`, such as me/my-assistant")
         return self
@@ -218,7 +234,7 @@ class RewardFunction(Section):
     weight: float = 1.0
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> RewardFunction:
+    def _one_of_two(self) -> Self:
         if bool(self.model) == bool(self.function):
             raise ValueError("give exactly one of `model` and `function`")
         if self.function and ":" not in self.function:
@@ -268,7 +284,7 @@ class PpoSection(Section):
     rewards: list[RewardFunction] = []
 
     @model_validator(mode="after")
-    def _minibatches_divide(self) -> PpoSection:
+    def _minibatches_divide(self) -> Self:
         if self.rollout_batch_size % self.num_mini_batches:
             raise ValueError("`rollout_batch_size` must be a multiple of `num_mini_batches`")
         if self.total_episodes < self.rollout_batch_size:

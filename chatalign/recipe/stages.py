@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -30,25 +30,51 @@ class StageRecipe(Section):
 
     stage: str
     output_dir: str
-    model: ModelSection = ModelSection()
+    model: ModelSection = ModelSection.model_construct()
     quantization: QuantizationSection | None = None
     lora: LoraSection | None = None
     data: DataSection
-    train: TrainSection = TrainSection()
+    train: TrainSection = TrainSection.model_construct()
     tracking: Tracking = "none"
     run_name: str | None = None
-    hub: HubSection = HubSection()
+    hub: HubSection = HubSection.model_construct()
 
     @model_validator(mode="after")
-    def _quantized_base_is_frozen(self) -> StageRecipe:
+    def _quantized_base_is_frozen(self) -> Self:
         if self.quantization and not self.lora and self.stage in ("pretrain", "sft"):
             raise ValueError("`quantization` freezes the base: add a `lora` section to train (QLoRA)")
         return self
 
     @model_validator(mode="after")
-    def _no_dropout_where_models_are_compared(self) -> StageRecipe:
+    def _no_dropout_where_models_are_compared(self) -> Self:
         if self.stage not in ("pretrain", "sft") and self.lora and self.lora.lora_dropout:
             raise ValueError(f"`lora.lora_dropout` must be 0 in {self.stage}: it makes scores and logprobs noise")
+        return self
+
+    @model_validator(mode="after")
+    def _levers_that_the_engine_has(self) -> StageRecipe:
+        train = self.train
+        if self.stage == "kto" or getattr(self, "engine", "native") == "trl":
+            if train.gradient_checkpointing == "auto":
+                raise ValueError("`train.gradient_checkpointing: auto` is the native engine's; give TRL true or false")
+            if self.model.attention != "auto":
+                raise ValueError("`model.attention` is the native engine's; leave it out where TRL trains")
+            return self
+        for name, given in (train.liger_kernel_config or {}).items():
+            if given and name.endswith("cross_entropy"):
+                raise ValueError(
+                    f"`train.liger_kernel_config.{name}` would replace the native engine's own loss; take it out"
+                )
+        if self.stage == "ppo":
+            refused = {
+                "torch_compile": train.torch_compile,
+                "use_liger_kernel": bool(train.use_liger_kernel),
+                "activation_offloading": train.activation_offloading,
+                "gradient_checkpointing: auto": train.gradient_checkpointing == "auto",
+            }
+            for name, given in refused.items():
+                if given:
+                    raise ValueError(f"`train.{name}` is not available in ppo, whose layers also decode; take it out")
         return self
 
 
@@ -76,7 +102,7 @@ class RewardRecipe(StageRecipe):
     """A reward model from preference pairs (2203.02155, step 2, equation 1)."""
 
     stage: Literal["reward"]
-    reward: RewardSection = RewardSection()
+    reward: RewardSection = RewardSection.model_construct()
     engine: Engine = "native"
 
 
@@ -84,7 +110,7 @@ class DpoRecipe(StageRecipe):
     """Direct preference optimisation (Rafailov et al., 2305.18290); the reference is the starting policy."""
 
     stage: Literal["dpo"]
-    dpo: DpoSection = DpoSection()
+    dpo: DpoSection = DpoSection.model_construct()
     engine: Engine = "native"
 
 
@@ -96,11 +122,11 @@ class PpoRecipe(StageRecipe):
 
     stage: Literal["ppo"]
     reward_model: ModelSection | None = None
-    ppo: PpoSection = PpoSection()
+    ppo: PpoSection = PpoSection.model_construct()
     ptx_data: DataSection | None = None
 
     @model_validator(mode="after")
-    def _something_rewards(self) -> PpoRecipe:
+    def _something_rewards(self) -> Self:
         if self.reward_model is None and not self.ppo.rewards:
             raise ValueError("PPO needs a reward: give `reward_model` or `ppo.rewards`")
         if (self.ppo.ptx_coef > 0) != (self.ptx_data is not None):
@@ -112,7 +138,7 @@ class KtoRecipe(StageRecipe):
     """KTO (Ethayarajh et al., 2402.01306) on unpaired feedback, run by TRL."""
 
     stage: Literal["kto"]
-    kto: KtoSection = KtoSection()
+    kto: KtoSection = KtoSection.model_construct()
 
 
 class EvalRecipe(Section):

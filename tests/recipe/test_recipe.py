@@ -62,6 +62,18 @@ def test_reads_and_freezes(tmp_path: Path) -> None:
         ({"stage": "dpo", "lora": {"lora_dropout": 0.1}}, "`lora.lora_dropout` must be 0 in dpo"),
         ({"stage": "reward", "lora": {"lora_dropout": 0.1}}, "`lora.lora_dropout` must be 0 in reward"),
         ({"hub": {"push": True}}, "`push: true` needs `repo`"),
+        ({"model": {"name_or_path": "m", "attention": "flash"}}, "`model.attention`: Input should be 'auto', 'varlen'"),
+        ({"train": {"gradient_checkpointing": "selective"}}, "`train.gradient_checkpointing"),
+        (
+            {"train": {"liger_kernel_config": {"fused_linear_cross_entropy": True}}},
+            "`train.liger_kernel_config.fused_linear_cross_entropy` would replace the native engine's own loss",
+        ),
+        ({"engine": "trl", "model": {"name_or_path": "m", "attention": "flex"}}, "`model.attention` is the native"),
+        ({"engine": "trl", "train": {"gradient_checkpointing": "auto"}}, "give TRL true or false"),
+        (
+            {"stage": "ppo", "reward_model": {"name_or_path": "rm"}, "train": {"torch_compile": True}},
+            "`train.torch_compile` is not available in ppo",
+        ),
         ({"stage": "sfft"}, "`stage: sfft` is not a stage; did you mean `sft`?"),
         ({"output_dir": None}, "`output_dir`"),
     ],
@@ -168,7 +180,7 @@ def test_keys_are_the_librarys_own() -> None:
     from transformers import BitsAndBytesConfig, TrainingArguments
 
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert set(TrainSection.model_fields) <= fields
+    assert set(TrainSection.model_fields) - {"activation_offloading"} <= fields  # TRL's, below
     assert set(LoraSection.model_fields) <= {field.name for field in dataclasses.fields(LoraConfig)}
     assert set(QuantizationSection.model_fields) <= set(signature(BitsAndBytesConfig).parameters)
 
@@ -179,6 +191,7 @@ def test_dpo_and_kto_keys_are_trls_own() -> None:
 
     from chatalign.recipe import DpoSection, KtoSection, RewardSection
 
+    assert "activation_offloading" in {field.name for field in dataclasses.fields(DPOConfig)}
     ours = {"sft_weight", "normalize"}  # documented in the sections
     for section, config in [(DpoSection, DPOConfig), (KtoSection, KTOConfig), (RewardSection, RewardConfig)]:
         assert set(section.model_fields) - ours <= {field.name for field in dataclasses.fields(config)}
