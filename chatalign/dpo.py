@@ -13,6 +13,7 @@ from chatalign.engine.dpo_trainer import DpoTrainer, refuse_moved, require_refer
 from chatalign.engine.stage import Work, finish, last_means, native_settings, train
 from chatalign.models.adapters import load_policy
 from chatalign.models.tokenizer import load_tokenizer
+from chatalign.phases import phase
 from chatalign.recipe import DpoRecipe
 from chatalign.runs import open_run
 
@@ -20,11 +21,13 @@ from chatalign.runs import open_run
 def run(recipe: DpoRecipe) -> Artifact:
     """Train the recipe's policy on preference pairs and save it; raises a ChatalignError where it can't be done."""
     opened = open_run(recipe)
-    tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
-    prepared = prepare(recipe.data, tokenizer, "preference", seed=recipe.train.seed)
-    policy = load_policy(recipe, tokenizer)
-    reference = require_reference(policy, "DPO")
-    sha256_at_start = reference.sha256()
+    with phase("data"):
+        tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
+        prepared = prepare(recipe.data, tokenizer, "preference", seed=recipe.train.seed)
+    with phase("model"):
+        policy = load_policy(recipe, tokenizer)
+        reference = require_reference(policy, "DPO")
+        sha256_at_start = reference.sha256()
     work = Work(
         recipe=recipe,
         run=opened,

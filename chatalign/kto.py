@@ -13,6 +13,7 @@ from chatalign.engine.stage import Work, finish, last_means, train
 from chatalign.engine.trl_engine import kto_trainer, require_trl
 from chatalign.models.adapters import load_policy
 from chatalign.models.tokenizer import load_tokenizer
+from chatalign.phases import phase
 from chatalign.recipe import KtoRecipe
 from chatalign.runs import open_run
 
@@ -21,11 +22,13 @@ def run(recipe: KtoRecipe) -> Artifact:
     """Train the recipe's policy on labelled replies and save it; raises a ChatalignError where it can't be done."""
     require_trl()
     opened = open_run(recipe)
-    tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
-    prepared = prepare(recipe.data, tokenizer, "unpaired", seed=recipe.train.seed)
-    policy = load_policy(recipe, tokenizer)
-    reference = require_reference(policy, "KTO")
-    sha256_at_start = reference.sha256()
+    with phase("data"):
+        tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
+        prepared = prepare(recipe.data, tokenizer, "unpaired", seed=recipe.train.seed)
+    with phase("model"):
+        policy = load_policy(recipe, tokenizer)
+        reference = require_reference(policy, "KTO")
+        sha256_at_start = reference.sha256()
     work = Work(
         recipe=recipe,
         run=opened,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from chatalign.artifact import Artifact
 from chatalign.errors import ChatalignError, HubError, Interrupted
+from chatalign.phases import LOOPS, account, open_account, overhead, phase
 from chatalign.recipe import Recipe, load_recipe, parse_overrides
 from chatalign.runs import finished, is_main_process, locked
 
@@ -50,15 +50,18 @@ def stage_main(stage: str, run: RunFunction, argv: Sequence[str] | None = None) 
 def execute(stage: str, run: RunFunction, path: str, overrides: Sequence[str], *, force: bool = False) -> None:
     """Load the recipe and run the stage, unless the same run is finished already and `force` is off."""
     quiet_libraries()
-    recipe = load_recipe(path, parse_overrides(overrides), stage=stage)
-    if not force and (done := finished(recipe)) is not None:
-        say(f"{recipe.output_dir}: already finished (run {done.run_id}); --force runs it again")
-        return
-    refuse_problems(recipe)
+    open_account()
+    with phase("check"):
+        recipe = load_recipe(path, parse_overrides(overrides), stage=stage)
+        if not force and (done := finished(recipe)) is not None:
+            say(f"{recipe.output_dir}: already finished (run {done.run_id}); --force runs it again")
+            return
+        refuse_problems(recipe)
     with locked(recipe.output_dir):
         artifact = run(recipe)
         say(f"{recipe.output_dir}: finished in {artifact.wall_s:.0f} s (run {artifact.run_id})")
         hand_out(recipe)
+    say(f"{recipe.output_dir}: {around(account())}")
     if stage == "eval":
         from rich.console import Console
 
@@ -67,6 +70,13 @@ def execute(stage: str, run: RunFunction, path: str, overrides: Sequence[str], *
         print_evaluation(recipe.output_dir, Console())
 
 
+def around(seconds: Mapping[str, float]) -> str:
+    """What a stage took beside its loops, in words: ``5.1 s beside training (import 4.0, data 0.4, …)``."""
+    parts = [f"{name} {spent:.1f}" for name, spent in seconds.items() if name not in LOOPS and spent >= 0.05]
+    return f"{overhead(seconds):.1f} s beside training ({', '.join(parts) or 'nothing long'})"
+
+
+@phase("report")
 def hand_out(recipe: Recipe) -> None:
     """Write a finished run's report and, where the recipe asks, upload it; raises HubError with the run kept."""
     if not is_main_process():
@@ -100,6 +110,8 @@ def guarded(work: Callable[[], None], *, show_traceback: bool = False) -> int:
         work()
     except ChatalignError as error:
         if show_traceback:
+            import traceback
+
             traceback.print_exc()
         print(f"chatalign: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED if isinstance(error, Interrupted) else EXIT_REFUSED

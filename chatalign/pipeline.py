@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,11 @@ import yaml
 
 from chatalign.artifact import ARTIFACT_FILE, Artifact, load_artifact, versions, write_json
 from chatalign.errors import ChatalignError, HubError, Interrupted
-from chatalign.launch import hand_out, quiet_libraries, refuse_problems, say
+from chatalign.launch import around, hand_out, quiet_libraries, refuse_problems, say
+from chatalign.phases import account, open_account, overhead, phase
 from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
 from chatalign.runs import finished, locked, open_run, recipe_fingerprint, status
+from chatalign.warm import as_if_alone, import_once
 
 STAGE_MODULES = {
     "pretrain": "chatalign.pretrain",
@@ -38,7 +39,9 @@ SUMMARY_FILE = "summary.json"
 def run_stage(recipe: Recipe) -> Artifact:
     """Run one stage to its artifact, whatever its kind; imports the stage's module on the way."""
     quiet_libraries()
-    return import_module(STAGE_MODULES[recipe.stage]).run(recipe)
+    with phase("import"):
+        module = import_once(STAGE_MODULES[recipe.stage])
+    return module.run(recipe)
 
 
 def resolve_stages(pipeline: PipelineRecipe, path: str | Path) -> dict[str, Recipe]:
@@ -79,9 +82,12 @@ def run_pipeline(
     stages = resolve_stages(pipeline, path)
     folder = Path(pipeline.output_dir)
     started = time.perf_counter()
+    open_account()
     with locked(folder):
-        _refuse_what_cannot_run(stages)
+        with phase("check"):
+            _refuse_what_cannot_run(stages)
         statuses: dict[str, str] = {}
+        seconds: dict[str, dict[str, float]] = {}
         unpushed: list[HubError] = []
         for number, (name, recipe) in enumerate(stages.items(), start=1):
             try:
@@ -89,7 +95,11 @@ def run_pipeline(
             except HubError as error:  # the stage is finished; the chain needn't wait for the Hub
                 statuses[name] = "ran"
                 unpushed.append(error)
-        summary = summarise(pipeline, stages, statuses, wall_s=time.perf_counter() - started)
+            if statuses[name] != "skipped":
+                seconds[name] = account()
+                say(f"    {around(seconds[name])}")
+                open_account()
+        summary = summarise(pipeline, stages, statuses, seconds, wall_s=time.perf_counter() - started)
         _report(folder, summary, changed=any(state != "skipped" for state in statuses.values()))
     if unpushed:
         raise unpushed[0]
@@ -106,18 +116,27 @@ def _refuse_what_cannot_run(stages: Mapping[str, Recipe]) -> None:
 
 def _run_one(recipe: Recipe, title: str, force: bool, accelerate_config: str | Path | None) -> str:
     """Bring one stage up to date; returns what had to be done: skipped, resumed or ran."""
-    if not force and finished(recipe) is not None:
-        say(f"{title}: fresh, skipped")
-        return "skipped"
-    state = status(recipe.output_dir, recipe_fingerprint(recipe))
+    with phase("check"):
+        if not force and finished(recipe) is not None:
+            say(f"{title}: fresh, skipped")
+            return "skipped"
+        state = status(recipe.output_dir, recipe_fingerprint(recipe))
     say(f"{title}: {'resuming' if state == 'resumable' else 'running'} ({recipe.stage})")
     if accelerate_config is not None and recipe.stage != "eval":
-        _launch(recipe, accelerate_config)
+        with phase("train"):  # in processes of its own, which keep no account here
+            _launch(recipe, accelerate_config)
     else:
+        _run_here(recipe)
+    return "resumed" if state == "resumable" else "ran"
+
+
+def _run_here(recipe: Recipe) -> None:
+    """Run a stage in this process, which is afterwards as it was before."""
+    with phase("import"):
+        import_once(STAGE_MODULES[recipe.stage])
+    with locked(recipe.output_dir), as_if_alone():
         run_stage(recipe)
         hand_out(recipe)
-        _reset_process_state()
-    return "resumed" if state == "resumable" else "ran"
 
 
 def _launch(recipe: Recipe, accelerate_config: str | Path) -> None:
@@ -163,33 +182,31 @@ def _wait(command: list[str]) -> tuple[int, bool]:
             signal.signal(number, handler)
 
 
-def _reset_process_state() -> None:
-    """Let the next stage choose its own precision and free what the last one held (one warm process for all)."""
-    import gc
-
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()
-    gc.collect()
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def summarise(
-    pipeline: PipelineRecipe, stages: Mapping[str, Recipe], statuses: Mapping[str, str], *, wall_s: float
+    pipeline: PipelineRecipe,
+    stages: Mapping[str, Recipe],
+    statuses: Mapping[str, str],
+    seconds: Mapping[str, Mapping[str, float]],
+    *,
+    wall_s: float,
 ) -> dict[str, Any]:
-    """The machine's view of a pipeline run, from the artifacts of its stages."""
+    """The machine's view of a pipeline run, from the artifacts of its stages; `seconds` are a stage's by phase.
+
+    ``overhead_s`` is what a stage took beside its loops of training and scoring, in the run that made it.
+    """
     rows, evaluation = [], {}
+    before = {row["name"]: row.get("seconds", {}) for row in _summary_before(pipeline).get("stages", [])}
     for name, recipe in stages.items():
         artifact = load_artifact(recipe.output_dir)
+        spent = seconds.get(name) or before.get(name, {})
         rows.append(
             {
                 "name": name,
                 "stage": recipe.stage,
                 "status": statuses[name],
                 "wall_s": round(artifact.wall_s, 2),
+                "overhead_s": round(overhead(spent), 2),
+                "seconds": dict(spent),
                 "tokens_per_s": round(artifact.tokens_per_s, 1),
                 "metrics": artifact.metrics,
                 "run_id": artifact.run_id,
@@ -207,6 +224,11 @@ def summarise(
         "wall_s": round(wall_s, 2),
         "versions": versions(),
     }
+
+
+def _summary_before(pipeline: PipelineRecipe) -> dict[str, Any]:
+    path = Path(pipeline.output_dir) / SUMMARY_FILE
+    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
 
 
 def _report(folder: Path, summary: dict[str, Any], *, changed: bool) -> None:

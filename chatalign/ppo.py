@@ -13,6 +13,7 @@ from chatalign.engine.ppo_setup import build_trainer, ptx_kind
 from chatalign.engine.stage import finish, last_means, train
 from chatalign.models.adapters import load_policy
 from chatalign.models.tokenizer import load_tokenizer, stop_token_ids
+from chatalign.phases import phase
 from chatalign.recipe import PpoRecipe
 from chatalign.runs import open_run
 
@@ -20,16 +21,19 @@ from chatalign.runs import open_run
 def run(recipe: PpoRecipe) -> Artifact:
     """Train the recipe's policy by PPO and save it; raises a ChatalignError where it can't be done."""
     opened = open_run(recipe)
-    tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
     seed = recipe.train.seed
-    prepared = prepare(recipe.data, tokenizer, "prompt", seed=seed)
-    ptx = prepare(recipe.ptx_data, tokenizer, ptx_kind(recipe.ptx_data), seed=seed) if recipe.ptx_data else None
-    policy = load_policy(recipe, tokenizer)
-    stop_ids = stop_token_ids(tokenizer, policy.model.generation_config)
+    with phase("data"):
+        tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
+        prepared = prepare(recipe.data, tokenizer, "prompt", seed=seed)
+        ptx = prepare(recipe.ptx_data, tokenizer, ptx_kind(recipe.ptx_data), seed=seed) if recipe.ptx_data else None
+    with phase("model"):
+        policy = load_policy(recipe, tokenizer)
+        stop_ids = stop_token_ids(tokenizer, policy.model.generation_config)
+        roles = build_roles(recipe, policy, tokenizer, stop_ids)
     trainer = build_trainer(
         recipe=recipe,
         run=opened,
-        roles=build_roles(recipe, policy, tokenizer, stop_ids),
+        roles=roles,
         tokenizer=tokenizer,
         prompt_rows=prepared.train,
         eval_rows=prepared.eval,

@@ -27,6 +27,7 @@ from chatalign.errors import ModelError
 from chatalign.models.adapters import load_policy
 from chatalign.models.resolve import resolve
 from chatalign.models.tokenizer import load_tokenizer
+from chatalign.phases import phase
 from chatalign.recipe import ModelSection, PretrainRecipe
 from chatalign.runs import Run, is_main_process, open_run
 
@@ -36,9 +37,11 @@ def run(recipe: PretrainRecipe) -> Artifact:
     opened = open_run(recipe)
     if recipe.pretrained and not recipe.from_scratch:
         return take_pretrained(recipe, opened, recipe.pretrained)
-    tokenizer = load_tokenizer(recipe.model)
-    prepared = prepare(recipe.data, tokenizer, "text", seed=recipe.train.seed)
-    policy = load_policy(recipe, tokenizer)
+    with phase("data"):
+        tokenizer = load_tokenizer(recipe.model)
+        prepared = prepare(recipe.data, tokenizer, "text", seed=recipe.train.seed)
+    with phase("model"):
+        policy = load_policy(recipe, tokenizer)
     work = Work(
         recipe=recipe,
         run=opened,

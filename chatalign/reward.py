@@ -14,6 +14,7 @@ from chatalign.engine.reward_trainer import RewardTrainer, store_normaliser
 from chatalign.engine.stage import Work, finish, last_means, native_settings, train
 from chatalign.models.heads import new_reward_model
 from chatalign.models.tokenizer import load_tokenizer
+from chatalign.phases import phase
 from chatalign.recipe import RewardRecipe
 from chatalign.runs import open_run
 
@@ -21,9 +22,11 @@ from chatalign.runs import open_run
 def run(recipe: RewardRecipe) -> Artifact:
     """Train the recipe's reward model and save it; raises a ChatalignError where it can't be done."""
     opened = open_run(recipe)
-    tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
-    prepared = prepare(recipe.data, tokenizer, "preference", seed=recipe.train.seed)
-    scorer = new_reward_model(recipe, tokenizer)
+    with phase("data"):
+        tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
+        prepared = prepare(recipe.data, tokenizer, "preference", seed=recipe.train.seed)
+    with phase("model"):
+        scorer = new_reward_model(recipe, tokenizer)
     work = Work(
         recipe=recipe,
         run=opened,
@@ -37,6 +40,8 @@ def run(recipe: RewardRecipe) -> Artifact:
     else:
         trainer = RewardTrainer(**native_settings(work), collate=collate_pairs)
     wall_s = train(trainer, opened)
+    with phase("score"):
+        normaliser = store_normaliser(trainer, prepared.train) if recipe.reward.normalize else {}
     return finish(
         run=opened,
         recipe=recipe,
@@ -46,7 +51,7 @@ def run(recipe: RewardRecipe) -> Artifact:
         base_ref=scorer.base_ref,
         kind="reward_adapter" if scorer.is_adapter else "reward_model",
         metrics=last_means(trainer),
-        extra=store_normaliser(trainer, prepared.train) if recipe.reward.normalize else {},
+        extra=normaliser,
         wall_s=wall_s,
     )
 

@@ -14,6 +14,7 @@ from chatalign.engine.lm_trainer import LmTrainer
 from chatalign.engine.stage import Work, finish, last_means, native_settings, train
 from chatalign.models.adapters import load_policy
 from chatalign.models.tokenizer import load_tokenizer
+from chatalign.phases import phase
 from chatalign.recipe import SftRecipe
 from chatalign.runs import open_run
 
@@ -21,9 +22,11 @@ from chatalign.runs import open_run
 def run(recipe: SftRecipe) -> Artifact:
     """Fine-tune the recipe's model and save it; raises a ChatalignError where it can't be done."""
     opened = open_run(recipe)
-    tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
-    prepared = prepare(recipe.data, tokenizer, "conversation", seed=recipe.train.seed)
-    policy = load_policy(recipe, tokenizer)
+    with phase("data"):
+        tokenizer = load_tokenizer(recipe.model, chat=recipe.data.apply_chat_template)
+        prepared = prepare(recipe.data, tokenizer, "conversation", seed=recipe.train.seed)
+    with phase("model"):
+        policy = load_policy(recipe, tokenizer)
     work = Work(
         recipe=recipe,
         run=opened,

@@ -12,13 +12,26 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "chatalign"
 LAYERS = [
     {"errors", "maths", "__init__"},
-    {"recipe", "artifact", "runs", "metrics_file"},
+    {"recipe", "artifact", "runs", "metrics_file", "phases"},
     {"data", "models", "engine", "rollout", "checkpoint", "tracking"},
     {"sft", "reward", "dpo", "ppo", "pretrain", "kto", "evaluate", "hub", "merge", "report", "chat"},
-    {"launch", "check", "preflight", "pipeline", "commands", "cli", "__main__"},
+    {"launch", "check", "preflight", "pipeline", "warm", "commands", "cli", "__main__"},
 ]
 STAGES = {"sft", "reward", "dpo", "ppo", "pretrain", "kto", "evaluate"}
-LIGHT = ("errors", "recipe", "artifact", "runs", "launch", "check", "preflight", "pipeline", "commands", "cli", "data.checks")
+LIGHT = (
+    "errors",
+    "recipe",
+    "artifact",
+    "runs",
+    "launch",
+    "check",
+    "preflight",
+    "pipeline",
+    "cli",
+    "commands",
+    "data.checks",
+)
+LIGHT += ("warm", "phases")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     monkeypatch.setattr(pipeline_module, "_report", lambda folder, summary, *, changed: None)
     monkeypatch.setattr(pipeline_module, "hand_out", lambda recipe: None)
-    monkeypatch.setattr(pipeline_module, "_reset_process_state", lambda: None)
+    monkeypatch.setattr(pipeline_module, "import_once", lambda name: None)
+    monkeypatch.setattr(pipeline_module, "as_if_alone", nullcontext)
     return path
 
 

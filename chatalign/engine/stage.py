@@ -18,6 +18,7 @@ from chatalign.engine import levers
 from chatalign.engine.defaults import learning_rate
 from chatalign.errors import RecipeError
 from chatalign.models.adapters import save_model
+from chatalign.phases import phase
 from chatalign.recipe import StageRecipe
 from chatalign.runs import Run
 from chatalign.tracking import report_to
@@ -98,6 +99,7 @@ def training_arguments(recipe: StageRecipe, run: Run, *, is_adapter: bool) -> Tr
         raise RecipeError(f"`train`: {str(error).splitlines()[0]}") from error
 
 
+@phase("train")
 def train(trainer: Any, run: Run) -> float:
     """Train, going on from the newest whole checkpoint of this run; returns the seconds that this took.
 
@@ -109,6 +111,7 @@ def train(trainer: Any, run: Run) -> float:
     return time.perf_counter() - started
 
 
+@phase("save")
 def finish(
     *,
     run: Run,

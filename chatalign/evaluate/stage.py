@@ -13,6 +13,7 @@ from chatalign.evaluate.heldout import HeldOut, read_held_out
 from chatalign.evaluate.policy import Policy, answer, opened, perplexity, reply_logps
 from chatalign.evaluate.results import Measured, summarise, write
 from chatalign.evaluate.reward import opened_judge, pair_accuracies, reply_scores
+from chatalign.phases import phase
 from chatalign.recipe import EvalRecipe
 from chatalign.runs import open_run, world_size
 from chatalign.tracking import log_results, working
@@ -23,9 +24,11 @@ def run(recipe: EvalRecipe) -> Artifact:
     baseline = refuse_what_cannot_run(recipe)
     opened_run = open_run(recipe)
     started = time.perf_counter()
-    held_out = read_held_out(recipe.eval)
-    measured = measure_models(recipe, held_out, baseline)
-    reward_model = judge_replies(recipe, held_out, measured)
+    with phase("data"):
+        held_out = read_held_out(recipe.eval)
+    with phase("score"):
+        measured = measure_models(recipe, held_out, baseline)
+        reward_model = judge_replies(recipe, held_out, measured)
     results = summarise(recipe, held_out, measured, baseline) | {"reward_model": reward_model}
     artifact = write(recipe, opened_run, held_out, measured, results, wall_s=time.perf_counter() - started)
     log_results(recipe, opened_run, artifact.metrics)

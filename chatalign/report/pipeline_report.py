@@ -91,6 +91,7 @@ def _view(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
             {
                 **stage,
                 "time": duration(stage.get("wall_s", 0.0)),
+                "overhead": duration(stage["overhead_s"]) if stage.get("overhead_s") else "–",
                 "speed": f"{stage['tokens_per_s']:,.0f}" if stage.get("tokens_per_s") else "–",
                 "result": headline(stage["stage"], stage.get("metrics", {})),
             }
@@ -136,9 +137,10 @@ def _lineage(name: str, artifact: Artifact) -> dict[str, str]:
 def _markdown(summary: Mapping[str, Any], view: Mapping[str, Any]) -> str:
     """The report as Markdown, plots beside it."""
     stages = [
-        (stage["name"], stage["stage"], stage["status"], stage["time"], stage["speed"], stage["result"])
+        tuple(stage[key] for key in ("name", "stage", "status", "time", "overhead", "speed", "result"))
         for stage in view["stages"]
     ]
+    headings = ("stage", "kind", "status", "time", "overhead", "tokens/s", "result")
     plots_seen = "\n".join(f"![{plot.title}]({PLOTS_FOLDER}/{plot.name}.png)" for plot in view["pictures"])
     lineage = [tuple(row.values()) for row in view["lineage"]]
     data = [
@@ -152,7 +154,7 @@ def _markdown(summary: Mapping[str, Any], view: Mapping[str, Any]) -> str:
         f"# {view['pipeline']}",
         f"{len(stages)} stages in {view['wall']}.",
         results,
-        section("Stages", markdown_table(("stage", "kind", "status", "time", "tokens/s", "result"), stages)),
+        section("Stages", markdown_table(headings, stages)),
         section("Plots", plots_seen or (f"*{view['note']}*" if view["note"] else "")),
         replies,
         section("Lineage", markdown_table(("stage", "run", "from", "base", "weights", "fingerprint"), lineage)),

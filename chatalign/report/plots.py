@@ -134,7 +134,7 @@ def _number(row: Mapping[str, Any], key: str) -> bool:
 def _curves_png(panels: Sequence[tuple[str, str, Curves]], *, dark: bool) -> bytes:
     width = 6.4 if len(panels) == 1 else 3.4 * len(panels)
     with _look(dark=dark):
-        figure, all_axes = _figure(len(panels), height=2.9, width=width)
+        figure, all_axes = _figure(len(panels), height=2.9, width=width, fixed_margins=True)
         for axes, (title, label, curves) in zip(all_axes, panels, strict=True):
             for place, (key, (steps, values)) in enumerate(curves.items()):
                 marker = "o" if len(steps) <= 30 else None
@@ -179,11 +179,27 @@ def _look(*, dark: bool) -> Iterator[None]:
         yield
 
 
-def _figure(columns: int, *, height: float, width: float) -> tuple[Any, list[Any]]:
-    """A figure of `columns` plots side by side, in inches; no pyplot, so nothing is kept or needs a display."""
+def _figure(columns: int, *, height: float, width: float, fixed_margins: bool = False) -> tuple[Any, list[Any]]:
+    """A figure of `columns` plots side by side, in inches; no pyplot, so nothing is kept or needs a display.
+
+    With `fixed_margins`, where all tick labels are numbers, nothing is measured: half of the time of a figure.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    if not fixed_margins:
+        figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+        return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    left, right, bottom, top = 0.85, 0.12, 0.5, 0.32
+    between = left + right
+    panel = (width - columns * between) / columns
+    figure = Figure(figsize=(width, height), dpi=120)
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=bottom / height,
+        top=1 - top / height,
+        wspace=between / panel,
+    )
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 

@@ -71,7 +71,15 @@ def pipeline(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     kl = [{"step": i, "objective/score": 0.1 * i, "objective/kl": 0.2 * i, "loss": None} for i in range(1, 9)]
     ppo = make_run(tmp_path / "ppo", "ppo", kl, parents=[parent], metrics={"objective/score": 0.8, "objective/kl": 1.6})
     stages = [
-        {"name": name, "stage": name, "status": status, "wall_s": 61.0, "tokens_per_s": 1234.5, "metrics": run.metrics}
+        {
+            "name": name,
+            "stage": name,
+            "status": status,
+            "wall_s": 61.0,
+            "overhead_s": 4.2,
+            "tokens_per_s": 1234.5,
+            "metrics": run.metrics,
+        }
         for name, run, status in (("sft", sft, "skipped"), ("ppo", ppo, "ran"))
     ]
     stages.append({"name": "eval", "stage": "eval", "status": "ran", "metrics": {"dpo.win_rate": 0.73, "n": 3.0}})
@@ -116,8 +124,8 @@ def test_a_pipeline_report_in_markdown(pipeline: Any) -> None:
     assert "| dpo | **0.730 [0.69, 0.77]** | **1.990** | **0.860** | 1.20 |" in text
     assert "| sft | – | 1.620 | 0.810 | 0.00 |" in text
     assert "on 900 held-out pairs (style 0.970, correctness 0.710)" in text
-    assert "| ppo | ppo | ran | 1 min 01 s | 1,234 | score 0.800, KL 1.600 |" in text
-    assert "| eval | eval | ran | 0.0 s | – | dpo wins 0.730 |" in text
+    assert "| ppo | ppo | ran | 1 min 01 s | 4.2 s | 1,234 | score 0.800, KL 1.600 |" in text
+    assert "| eval | eval | ran | 0.0 s | – | – | dpo wins 0.730 |" in text
     assert "a\\|b<br>c &lt;\\|im_end\\|&gt;" in text
     sft = fingerprint("sft")[:12]
     assert f"| ppo | {fingerprint('ppo')[:12]} | model: sft ({sft}) | data/pocket/base" in text

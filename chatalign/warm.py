@@ -1,0 +1,101 @@
+"""One warm process for a chain's stages: each begins as in a process of its own, and gives back what it held.
+
+Stages leave things behind, through transformers, accelerate and trackers: environment variables (deterministic
+algorithms, a compiler's backend), PyTorch's modes, singletons with the first stage's device and
+precision, an open wandb run. A test holds a chain's weights to those of stages that each had a process.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+
+def import_once(name: str) -> ModuleType:
+    """Import a stage's module; in a process that hasn't torch yet, without the garbage collector.
+
+    The imports make a million objects and no garbage, and collections take a third of their time. Frozen, they are
+    not walked by later collections either, training's and the one at the process's end among them.
+    """
+    if "torch" in sys.modules or not gc.isenabled():  # then others' objects are about: they mustn't be kept for good
+        return import_module(name)
+    gc.collect()
+    gc.disable()
+    try:
+        return import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@contextmanager
+def as_if_alone() -> Iterator[None]:
+    """Run a stage inside; afterwards the process is as it was, its modules excepted. Torch must be imported."""
+    environment = dict(os.environ)
+    modes = _torch_modes()
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        _finish_wandb()
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        root.setLevel(level)
+        root.handlers[:] = handlers
+        _set_torch_modes(modes)
+        _give_back()
+
+
+def _torch_modes() -> dict[str, Any]:
+    import torch
+
+    backends: Any = torch.backends  # its stubs lack `fp32_precision`
+    return {
+        "dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        "fp32_precision": backends.fp32_precision,
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+def _set_torch_modes(modes: dict[str, Any]) -> None:
+    import torch
+
+    backends: Any = torch.backends
+    torch.set_default_dtype(modes["dtype"])
+    torch.use_deterministic_algorithms(modes["deterministic"], warn_only=modes["warn_only"])
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = modes["cudnn"]
+    backends.fp32_precision = modes["fp32_precision"]
+    torch.set_grad_enabled(modes["grad"])
+
+
+def _finish_wandb() -> None:
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
+
+
+def _give_back() -> None:
+    """Let the next stage choose its own device and precision, and free what the last one held."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    GradientState._reset_state()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
