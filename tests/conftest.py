@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Prepared tokens of the tests go with them. pytest-xdist's workers take the first process's folder.
+if "HF_DATASETS_CACHE" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="chatalign-tests-")
+    os.environ["HF_DATASETS_CACHE"] = _cache.name
 
 from pathlib import Path
 from typing import Any

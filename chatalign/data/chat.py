@@ -17,7 +17,7 @@ from typing import Any, Literal
 from chatalign.data.rows import BadRow, Conversation, Message, Messages, Preference, Tools
 from chatalign.data.spans import NotPrefixPreserving, Rendered, SpanFinder
 from chatalign.data.template import ChatTemplate
-from chatalign.data.tokens import TextEncoder, token_span
+from chatalign.data.tokens import TextEncoder
 from chatalign.data.verify import verify
 from chatalign.errors import TemplateError
 
@@ -44,14 +44,21 @@ class EncodedPair:
 
 
 @dataclass(frozen=True, slots=True)
+class _Asked:
+    """A conversation as the template takes it, and the turns that are targets."""
+
+    messages: Messages
+    tools: Tools | None
+    turns: tuple[int, ...]
+    guarded: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     """A rendered conversation that waits for its tokens."""
 
     rendered: Rendered
-    guarded: bool
-    messages: Messages
-    turns: tuple[int, ...]
-    tools: Tools | None
+    asked: _Asked
 
 
 def render(
@@ -120,19 +127,22 @@ class ChatEncoder:
 
     def conversation(self, row: Conversation, supervise: Supervise) -> Encoded:
         """One row in one rendering; raises BadRow or TemplateError."""
-        encoded = self._encode([self._job(row, supervise)], supervise)[0]
+        asked = self._ask(row, supervise)
+        encoded = self._encode([self._job(asked, None)], supervise)[0]
         if isinstance(encoded, BadRow):
             raise encoded
         return encoded
 
     def conversations(self, rows: Sequence[Conversation], supervise: Supervise) -> list[list[Encoded] | BadRow]:
         """For each row its encodings: one, or one a reply where the template is not prefix-preserving."""
+        asked = [self._ask(row, supervise) for row in rows]
+        texts = self.finder.render_all([(one.messages, one.turns, one.tools) for one in asked])
         jobs: list[_Job] = []
         slots: list[range | BadRow] = []
-        for row in rows:
+        for row, one, text in zip(rows, asked, texts, strict=True):
             start = len(jobs)
             try:
-                jobs += self._jobs(row, supervise)
+                jobs += self._jobs(row, one, text, supervise)
                 slots.append(range(start, len(jobs)))
             except BadRow as refused:
                 slots.append(refused)
@@ -173,27 +183,29 @@ class ChatEncoder:
                 texts.append((self.template.render(messages, tools=tools, add_generation_prompt=True), guarded))
             except TemplateError as error:
                 texts.append(BadRow("prompt", *_halves(error)))
-        encodings = iter(self._encodings([text for text in texts if not isinstance(text, BadRow)]))
-        return [text if isinstance(text, BadRow) else next(encodings).ids for text in texts]
+        found = iter(self.text.encode_spans([text for text in texts if not isinstance(text, BadRow)]))
+        return [text if isinstance(text, BadRow) else next(found)[0] for text in texts]
 
     def _guarded(self, messages: Messages, tools: Tools | None) -> tuple[Messages, Tools | None, bool]:
         if not (self.text.has_special(messages) or self.text.has_special(tools)):
             return messages, tools, False
         return self.text.guard(messages), self.text.guard(tools), True
 
-    def _job(self, row: Conversation, supervise: Supervise) -> _Job:
+    def _ask(self, row: Conversation, supervise: Supervise) -> _Asked:
         adapted, tools, first = self.template.adapt(
             row.messages, tools=row.tools, first_supervised=row.first_supervised
         )
         messages, tools, guarded = self._guarded(adapted, tools)
-        turns = _target_turns(messages, first, supervise)
-        if not turns:
-            raise BadRow("messages", "has no assistant turn to learn from", "add the reply")
-        return _Job(self.finder.find(messages, turns, tools), guarded, messages, turns, tools)
+        return _Asked(messages, tools, _target_turns(messages, first, supervise), guarded)
 
-    def _jobs(self, row: Conversation, supervise: Supervise) -> list[_Job]:
+    def _job(self, asked: _Asked, text: str | None) -> _Job:
+        if not asked.turns:
+            raise BadRow("messages", "has no assistant turn to learn from", "add the reply")
+        return _Job(self.finder.find(asked.messages, asked.turns, asked.tools, text), asked)
+
+    def _jobs(self, row: Conversation, asked: _Asked, text: str | None, supervise: Supervise) -> list[_Job]:
         try:
-            return [self._job(row, supervise)]
+            return [self._job(asked, text)]
         except NotPrefixPreserving as error:
             replies = _target_turns(row.messages, row.first_supervised, supervise)
             if supervise == "all" or (len(replies) == 1 and replies[0] == len(row.messages) - 1):
@@ -203,35 +215,22 @@ class ChatEncoder:
         jobs = []
         for reply in replies:
             alone = Conversation(messages=row.messages[: reply + 1], tools=row.tools, first_supervised=reply)
-            jobs += self._jobs(alone, "last_assistant")
+            jobs += self._jobs(alone, self._ask(alone, "last_assistant"), None, "last_assistant")
         return jobs
 
-    def _encodings(self, texts: Sequence[tuple[str, bool]]) -> list[Any]:
-        """Encodings in order; the guarded texts and the others are each encoded in one batch."""
-        made: list[Any] = [None] * len(texts)
-        for guarded in (False, True):
-            chosen = [i for i, (_, is_guarded) in enumerate(texts) if is_guarded == guarded]
-            if chosen:
-                encodings = self.text.encode([texts[i][0] for i in chosen], guarded=guarded)
-                for i, encoding in zip(chosen, encodings, strict=True):
-                    made[i] = encoding
-        return made
-
     def _encode(self, jobs: Sequence[_Job], supervise: Supervise) -> list[Encoded | BadRow]:
-        encodings = self._encodings([(job.rendered.text, job.guarded) for job in jobs])
-        return [self._mark(job, encoding, supervise) for job, encoding in zip(jobs, encodings, strict=True)]
+        texts = [(job.rendered.text, job.asked.guarded) for job in jobs]
+        found = self.text.encode_spans(texts, [job.rendered.spans for job in jobs])
+        return [self._mark(job, ids, spans, supervise) for job, (ids, spans) in zip(jobs, found, strict=True)]
 
-    def _mark(self, job: _Job, encoding: Any, supervise: Supervise) -> Encoded | BadRow:
-        rendered, ids = job.rendered, list(encoding.ids)
-        spans: list[tuple[int, int]] = []
-        for start, end in rendered.spans:
-            first, last, crosses = token_span(encoding, start, end)
-            if crosses or self._moves(rendered.text, start, job.guarded):
-                if not self.text.splits_anywhere:
-                    return BadRow("messages", "a token crosses from a prompt into its reply", "start it without spaces")
-                ids, spans = self._by_pieces(job)
-                break
-            spans.append((first, last))
+    def _mark(
+        self, job: _Job, ids: list[int], spans: list[tuple[int, int]] | None, supervise: Supervise
+    ) -> Encoded | BadRow:
+        rendered, guarded = job.rendered, job.asked.guarded
+        if spans is None or any(self._moves(rendered.text, start, guarded) for start, _ in rendered.spans):
+            if not self.text.splits_anywhere:
+                return BadRow("messages", "a token crosses from a prompt into its reply", "start it without spaces")
+            ids, spans = self._by_pieces(job)
         if rendered.append_stop:
             ids.append(self.tokenizer.eos_token_id)
             spans[-1] = (spans[-1][0], len(ids))
@@ -244,8 +243,9 @@ class ChatEncoder:
         return Encoded(ids, supervised, tuple(spans))
 
     def _verify(self, job: _Job, ids: list[int], spans: tuple[tuple[int, int], ...]) -> None:
-        verify(job.rendered, ids, spans, self.text, guarded=job.guarded)
-        if self.finder.find_by_rendering(job.messages, job.turns, job.tools) != job.rendered:
+        asked = job.asked
+        verify(job.rendered, ids, spans, self.text, guarded=asked.guarded)
+        if self.finder.find_by_rendering(asked.messages, asked.turns, asked.tools) != job.rendered:
             raise TemplateError("the chat template renders a row in another way than rows of its shape; report it")
 
     def _moves(self, text: str, start: int, guarded: bool) -> bool:
@@ -261,7 +261,7 @@ class ChatEncoder:
         text = job.rendered.text
         cuts = sorted({0, len(text), *(place for span in job.rendered.spans for place in span)})
         pieces = [text[a:b] for a, b in pairwise(cuts)]
-        encoded = [encoding.ids for encoding in self.text.encode(pieces, guarded=job.guarded)]
+        encoded = [encoding.ids for encoding in self.text.encode(pieces, guarded=job.asked.guarded)]
         at, places = 0, {0: 0}
         for cut, piece in zip(cuts[1:], encoded, strict=True):
             at += len(piece)

@@ -9,10 +9,14 @@ prompt:             ``prompt_ids`` (with generation prompt), ``prompt`` (message
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow
 
 from chatalign.data.chat import VERIFIED_ROWS, ChatEncoder, Encoded, EncodedPair, chat_encoder
 from chatalign.data.lengths import Dropped, cut_document, fit_conversation, fit_pair, fit_prompt
@@ -30,6 +34,31 @@ FEATURES: dict[Kind, dict[str, Any]] = {
     "unpaired": {"prompt_ids": _IDS, "completion_ids": _IDS, "label": datasets.Value("bool")},
     "prompt": {"prompt_ids": _IDS, "prompt": datasets.Value("string"), "extra": datasets.Value("string")},
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Encoded rows. `outcomes`: for each row that was given, how many rows of `table` it became, or why none."""
+
+    outcomes: list[int | BadRow | Dropped]
+    table: pyarrow.Table
+
+
+def table_schema(kind: Kind) -> pyarrow.Schema:
+    """The columns of a kind, with datasets' own types in the metadata."""
+    return datasets.Features(FEATURES[kind]).arrow_schema
+
+
+def _column(rows: Sequence[Columns], field: pyarrow.Field) -> pyarrow.Array:
+    values = [row[field.name] for row in rows]
+    if not pyarrow.types.is_list(field.type):
+        return pyarrow.array(values, field.type)
+    ends = np.cumsum(np.fromiter(map(len, values), np.int32, len(values)), dtype=np.int32)
+    flat = array("i" if field.type.value_type == pyarrow.int32() else "b")
+    for row_values in values:
+        flat.fromlist(row_values)  # several times as fast as numpy on a list of ints
+    offsets = np.concatenate([np.zeros(1, np.int32), ends])
+    return pyarrow.ListArray.from_arrays(offsets, np.asarray(flat), type=field.type)
 
 
 class RowEncoder:
@@ -56,12 +85,15 @@ class RowEncoder:
             return self._unpaired([row for row in rows if isinstance(row, Unpaired)])
         return [self._fit(made) for made in self._conversations([row for row in rows if isinstance(row, Conversation)])]
 
-    def dataset(self, rows: Sequence[Columns]) -> datasets.Dataset:
-        """The rows as a Dataset with this kind's columns."""
-        features = FEATURES[self.kind]
-        return datasets.Dataset.from_dict(
-            {name: [row[name] for row in rows] for name in features}, features=datasets.Features(features)
-        )
+    def block(self, rows: Sequence[Row]) -> Block:
+        """The rows' columns as one table, and what became of each row."""
+        outcomes: list[int | BadRow | Dropped] = []
+        made: list[Columns] = []
+        for one in self.encode(rows):
+            outcomes.append(len(one) if isinstance(one, list) else one)
+            made += one if isinstance(one, list) else []
+        schema = table_schema(self.kind)
+        return Block(outcomes, pyarrow.table([_column(made, field) for field in schema], schema=schema))
 
     def _conversations(self, rows: Sequence[Conversation]) -> list[list[Encoded] | BadRow]:
         if self.chat is not None:

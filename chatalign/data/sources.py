@@ -1,44 +1,25 @@
 """Rows out of files, folders and the Hub, each with the file and row that errors name.
 
 json (a list, or ``{"data": […]}``), jsonl, parquet, csv and txt; json, jsonl and txt may be gzipped. A BOM and CRLF
-line ends are tolerated. In a txt file every line is a document. Reading happens here only; what the rows mean is
-:mod:`chatalign.data.formats`' part.
+line ends are tolerated. In a txt file every line is a document. Files are read in :mod:`chatalign.data.files`; what
+the rows mean is :mod:`chatalign.data.formats`' part.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from chatalign.artifact import fingerprint, sha256_file
-from chatalign.data.rows import kind_of
+from chatalign.data.files import SUFFIXES, Part, read_file, reader_of
 from chatalign.errors import DataError, HubError
 from chatalign.recipe import DatasetSource
-
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt")
-_MEND = "mend or delete this row"
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The rows of one file. `numbers` are the rows' places in it (lines, for jsonl and txt), from 1."""
-
-    name: str
-    rows: Sequence[dict[str, Any]]
-    numbers: Sequence[int] | None = None
-
-    def where(self, index: int) -> str:
-        """``file:row`` of the row at `index`."""
-        return f"{self.name}:{self.numbers[index] if self.numbers is not None else index + 1}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +32,11 @@ class Rows:
     problems: Sequence[str] = field(default=())  # rows that could not be read at all, as finished lines
 
     def __len__(self) -> int:
-        total = sum(len(part.rows) for part in self.parts)
+        total = sum(part.count for part in self.parts)
         return total if self.source.max_rows is None else min(total, self.source.max_rows)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        left = len(self)
-        for part in self.parts:
-            for i, row in enumerate(part.rows):
-                if left == 0:
-                    return
-                left -= 1
-                yield part.where(i), row
+        return islice(chain.from_iterable(self.parts), len(self))
 
 
 def read_source(source: DatasetSource, *, keep_broken: bool = False) -> Rows:
@@ -75,7 +50,7 @@ def read_source(source: DatasetSource, *, keep_broken: bool = False) -> Rows:
     if place.is_dir():
         rows = _read_folder(source, place)
     elif place.is_file():
-        part, problems = _read_file(place)
+        part, problems = read_file(place)
         rows = Rows(source, [part], sha256_file(place), problems)
     elif looks_local(source.path):
         raise DataError(missing_file(source.path))
@@ -109,137 +84,12 @@ def missing_file(path: str) -> str:
 def _read_folder(source: DatasetSource, folder: Path) -> Rows:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _read_saved(source, folder)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _reader(path) is not None]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and reader_of(path) is not None]
     if not files:
         raise DataError(f"{folder}: holds no data files; expected {', '.join(SUFFIXES)}")
-    read = [_read_file(path) for path in files]
+    read = [read_file(path) for path in files]
     sha256 = fingerprint({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
     return Rows(source, [part for part, _ in read], sha256, [line for _, lines in read for line in lines])
-
-
-def _reader(path: Path) -> Callable[[Path], tuple[Part, list[str]]] | None:
-    name = path.name.lower().removesuffix(".gz")
-    return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
-
-
-def _read_file(path: Path) -> tuple[Part, list[str]]:
-    reader = _reader(path)
-    if reader is None:
-        raise DataError(f"{path}: not a data file by its name; expected {', '.join(SUFFIXES)} (json and txt also .gz)")
-    try:
-        return reader(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: can't be read ({error}); check the file") from None
-
-
-def _read_text(path: Path) -> str:
-    raw = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
-    return raw.decode("utf-8-sig")
-
-
-def _read_json(path: Path) -> tuple[Part, list[str]]:
-    text = _read_text(path)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip()[:1] == "{":  # JSON lines under another name
-            return _read_jsonl(path)
-        raise DataError(_broken_json(path, text, error)) from None
-    if isinstance(value, dict):
-        lists = [inner for inner in value.values() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
-        if len(lists) != 1:
-            raise DataError(f'{path}: a JSON object without one list of rows; write a list, or {{"data": […]}}')
-        value = lists[0]
-    if not isinstance(value, list):
-        raise DataError(f"{path}: holds {kind_of(value)}, not a list of rows; write a list of objects")
-    return _objects(path, value, range(1, len(value) + 1))
-
-
-def _broken_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
-    """The row in which a JSON list breaks off, found by decoding its elements one by one."""
-    decoder = json.JSONDecoder()
-    at, row = text.find("[") + 1, 1
-    while 0 < at < len(text):
-        while at < len(text) and text[at] in " \t\r\n,":
-            at += 1
-        try:
-            _, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError:
-            break
-        row += 1
-    return f"{path}:{row}: broken JSON ({error.msg}, line {error.lineno} column {error.colno}) → {_MEND}"
-
-
-def _read_jsonl(path: Path) -> tuple[Part, list[str]]:
-    values, numbers, problems = [], [], []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values.append(json.loads(line))
-            numbers.append(number)
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number}: broken JSON ({error.msg}, column {error.colno}) → {_MEND}")
-    part, others = _objects(path, values, numbers)
-    return part, problems + others
-
-
-def _objects(path: Path, values: list[Any], numbers: Sequence[int]) -> tuple[Part, list[str]]:
-    """Rows that are objects, and a line for each that isn't."""
-    if all(isinstance(value, dict) for value in values):
-        return Part(str(path), values, numbers), []
-    kept = [(value, number) for value, number in zip(values, numbers, strict=True) if isinstance(value, dict)]
-    problems = [
-        f"{path}:{number}: holds {kind_of(value)}, not an object → {_MEND}"
-        for value, number in zip(values, numbers, strict=True)
-        if not isinstance(value, dict)
-    ]
-    return Part(str(path), [value for value, _ in kept], [number for _, number in kept]), problems
-
-
-def _read_csv(path: Path) -> tuple[Part, list[str]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
-    rows, numbers, problems = [], [], []
-    try:
-        for number, row in enumerate(reader, start=1):
-            if None in row or None in row.values():  # DictReader's marks for too many and too few fields
-                problems.append(f"{path}:{number}: has another number of fields than the header → {_MEND}")
-                continue
-            rows.append({name: value if value != "" else None for name, value in row.items() if name})
-            numbers.append(number)
-    except csv.Error as error:
-        raise DataError(f"{path}:{len(rows) + 1}: broken CSV ({error}) → {_MEND}") from None
-    return Part(str(path), rows, numbers), problems
-
-
-def _read_txt(path: Path) -> tuple[Part, list[str]]:
-    lines = [line.rstrip("\r") for line in _read_text(path).split("\n")]
-    numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
-    return Part(str(path), [{"text": lines[number - 1]} for number in numbers], numbers), []
-
-
-def _read_parquet(path: Path) -> tuple[Part, list[str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); write it again") from None
-    return Part(str(path), table.to_pylist()), []
-
-
-_READERS: dict[str, Callable[[Path], tuple[Part, list[str]]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".txt": _read_txt,
-}
 
 
 def _read_saved(source: DatasetSource, folder: Path) -> Rows:
@@ -251,7 +101,7 @@ def _read_saved(source: DatasetSource, folder: Path) -> Rows:
         if source.split not in saved:
             raise DataError(f"{folder}: has no split `{source.split}`; it has {', '.join(saved)}")
         saved = saved[source.split]
-    return Rows(source, [Part(str(folder), saved)], _sha256_rows(saved))
+    return Rows(source, [_dataset_part(str(folder), saved)], _sha256_rows(saved))
 
 
 def _read_hub(source: DatasetSource) -> Rows:
@@ -271,7 +121,11 @@ def _read_hub(source: DatasetSource) -> Rows:
         ) from None
     except ValueError as error:  # unknown configuration or split; datasets' message lists the right ones
         raise DataError(f"{label}: {' '.join(str(error).split())}") from None
-    return Rows(source, [Part(label, loaded)], _sha256_rows(loaded))
+    return Rows(source, [_dataset_part(label, loaded)], _sha256_rows(loaded))
+
+
+def _dataset_part(name: str, dataset: Any) -> Part:
+    return Part(name, len(dataset), lambda: enumerate(dataset, start=1))
 
 
 def _sha256_rows(rows: Any) -> str:

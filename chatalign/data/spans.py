@@ -12,6 +12,7 @@ literals with its contents in the slots takes its spans from there; any other ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chatalign.data.rows import Messages, Tools
@@ -60,16 +61,32 @@ class SpanFinder:
         self.encoder = encoder
         self._shapes: dict[tuple[tuple[str, ...], tuple[int, ...]], _Shape | None] = {}
 
-    def find(self, messages: Messages, turns: tuple[int, ...], tools: Tools | None = None) -> Rendered:
-        """The rendering of `messages` with the spans of the assistant turns at the indices `turns`."""
-        if tools is None and all(len(message) == 2 for message in messages):
-            key = (tuple(message["role"] for message in messages), turns)
-            if key not in self._shapes:
-                self._shapes[key] = self._learn(messages, turns)
-            shape = self._shapes[key]
-            if shape is not None and (rendered := self._fill(shape, messages)) is not None:
+    def render_all(self, rows: Sequence[tuple[Messages, tuple[int, ...], Tools | None]]) -> list[str | None]:
+        """The text of each row (messages, turns, tools) whose shape is known, in one call; None for the others."""
+        shaped = [i for i, row in enumerate(rows) if self._shape(*row) is not None]
+        texts: list[str | None] = [None] * len(rows)
+        for i, text in zip(shaped, self.template.render_all([rows[i][0] for i in shaped]), strict=True):
+            texts[i] = text
+        return texts
+
+    def find(
+        self, messages: Messages, turns: tuple[int, ...], tools: Tools | None = None, text: str | None = None
+    ) -> Rendered:
+        """The rendering of `messages` (`text`, where it is there) with the spans of the assistant `turns`."""
+        shape = self._shape(messages, turns, tools)
+        if shape is not None:
+            rendered = _fill(shape, messages, self.template.render(messages) if text is None else text)
+            if rendered is not None:
                 return rendered
         return self.find_by_rendering(messages, turns, tools)
+
+    def _shape(self, messages: Messages, turns: tuple[int, ...], tools: Tools | None) -> _Shape | None:
+        if tools is not None or not turns or any(len(message) != 2 for message in messages):
+            return None
+        key = (tuple([message["role"] for message in messages]), turns)
+        if key not in self._shapes:
+            self._shapes[key] = self._learn(messages, turns)
+        return self._shapes[key]
 
     def find_by_rendering(self, messages: Messages, turns: tuple[int, ...], tools: Tools | None = None) -> Rendered:
         """As `find`, turn by turn. Raises NotPrefixPreserving or TemplateError."""
@@ -150,20 +167,20 @@ class SpanFinder:
             spans.append(((turn, start - starts[turn]), (turn + 1, end - ends[turn])))
         return _Shape(tuple(literals), tuple(spans), rendered.append_stop)
 
-    def _fill(self, shape: _Shape, messages: Messages) -> Rendered | None:
-        """The row's rendering if it is the shape with the row's contents, as they are or stripped; else None."""
-        text = self.template.render(messages)
-        contents = [message["content"] for message in messages]
-        for candidate in (contents, [content.strip() for content in contents]):
-            pieces = [shape.literals[0]]
-            starts = [0]
-            at = len(shape.literals[0])
-            for content, literal in zip(candidate, shape.literals[1:], strict=True):
-                pieces += (content, literal)
-                starts.append(at + len(content))
-                at = starts[-1] + len(literal)
-            filled = "".join(pieces)
-            if filled == text or (shape.append_stop and text.startswith(filled) and not text[len(filled) :].strip()):
-                spans = tuple((starts[a] + b, starts[c] + d) for (a, b), (c, d) in shape.spans)
-                return Rendered(filled, spans, shape.append_stop)
-        return None
+
+def _fill(shape: _Shape, messages: Messages, text: str) -> Rendered | None:
+    """The row's rendering `text` if it is the shape with the row's contents, as they are or stripped; else None."""
+    contents = [message["content"] for message in messages]
+    for candidate in (contents, [content.strip() for content in contents]):
+        pieces = [shape.literals[0]]
+        starts = [0]
+        at = len(shape.literals[0])
+        for content, literal in zip(candidate, shape.literals[1:], strict=True):
+            pieces += (content, literal)
+            starts.append(at + len(content))
+            at = starts[-1] + len(literal)
+        filled = "".join(pieces)
+        if filled == text or (shape.append_stop and text.startswith(filled) and not text[len(filled) :].strip()):
+            spans = tuple([(starts[a] + b, starts[c] + d) for (a, b), (c, d) in shape.spans])
+            return Rendered(filled, spans, shape.append_stop)
+    return None

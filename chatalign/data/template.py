@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,7 @@ from chatalign.data.rows import Message, Messages, Tools
 from chatalign.errors import TemplateError
 
 _PROBE = "Probe7Zq"
+_REFUSALS = (jinja2.TemplateError, TypeError, KeyError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,22 @@ class ChatTemplate:
         template = self.tokenizer.chat_template
         return template.get("default", "") if isinstance(template, dict) else str(template)
 
+    def render_all(self, conversations: Sequence[Messages]) -> Sequence[str | None]:
+        """The texts of conversations without tools, in one call; None for each where one of them is refused."""
+        if not conversations:
+            return []
+        try:
+            return self.tokenizer.apply_chat_template(list(conversations), tokenize=False)
+        except _REFUSALS:
+            return [None] * len(conversations)
+
     def render(self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False) -> str:
         """The text of `messages`; raises TemplateError with the template's own complaint."""
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        except _REFUSALS as error:
             roles = ", ".join(message["role"] for message in messages)
             raise TemplateError(f"the chat template refuses turns of {roles}: {error}; change the rows or it") from None
 

@@ -5,7 +5,7 @@ inside users' strings is swapped for a *ward*, private-use characters of the sam
 special token that is still there comes from the template. Then wards become the original text again, the template's
 own special tokens become *nonces*, and a copy of the tokenizer, which knows its special tokens by the nonces only,
 encodes the whole: exactly as the tokenizer itself would, but for the forged tokens, which are text. Rows without a
-forged token (nearly all) go straight through the tokenizer.
+forged token (nearly all) go straight through the tokenizer, or through a memo of its words (``data.words``).
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
+from chatalign.data.words import WordMemo, word_memo
 from chatalign.errors import TemplateError
 
+Spans = Sequence[tuple[int, int]]
+_MEMO_TEXTS = 200  # fewer texts at once don't repay making the memo
 _WARDS, _NONCES = 0xF0000, 0x100000  # Unicode's private-use planes 15 and 16
 
 
@@ -46,6 +49,7 @@ class TextEncoder:
         self._nonces = {text: _nonce(len(text)) for text in longest_first}
         swaps = {**self._nonces, **{ward: text for text, ward in self._wards.items()}}
         self._swaps = swaps
+        self._memo: WordMemo | None = None
         self._either = re.compile("|".join(map(re.escape, [*longest_first, *self._wards.values()])) or r"(?!)")
 
     def has_special(self, value: Any) -> bool:
@@ -53,8 +57,8 @@ class TextEncoder:
         if isinstance(value, str):
             return self._special.search(value) is not None
         if isinstance(value, dict):
-            return any(self.has_special(inner) or self.has_special(key) for key, inner in value.items())
-        return isinstance(value, list | tuple) and any(self.has_special(inner) for inner in value)
+            return any(map(self.has_special, value)) or any(map(self.has_special, value.values()))
+        return isinstance(value, list | tuple) and any(map(self.has_special, value))
 
     def guard(self, value: Any) -> Any:
         """`value` with each special token's text swapped for its ward, at the same length."""
@@ -78,7 +82,32 @@ class TextEncoder:
 
     def ids(self, text: str, *, guarded: bool = False) -> list[int]:
         """The ids of one text."""
-        return self.encode([text], guarded=guarded)[0].ids
+        found = self._memo.encode(text) if self._memo is not None and not guarded else None
+        return self.encode([text], guarded=guarded)[0].ids if found is None else found[0]
+
+    def encode_spans(
+        self, texts: Sequence[tuple[str, bool]], spans: Sequence[Spans] | None = None
+    ) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
+        """For each (text, whether it is guarded) its ids, and the tokens (first, last + 1) of its spans of characters.
+
+        None stands for the tokens where one crosses the start of a span. A batch: the guarded texts and the others
+        that the memo can't take are each one call of the tokenizer.
+        """
+        spans = spans or [()] * len(texts)
+        made: list[Any] = [None] * len(texts)
+        if len(texts) >= _MEMO_TEXTS:
+            self._memo = self._new_memo
+        if self._memo is not None:
+            made = [
+                None if guarded else _from_memo(self._memo, text, wanted)
+                for (text, guarded), wanted in zip(texts, spans, strict=True)
+            ]
+        for is_guarded in (False, True):
+            rest = [i for i, found in enumerate(made) if found is None and texts[i][1] == is_guarded]
+            encodings = self.encode([texts[i][0] for i in rest], guarded=is_guarded) if rest else []
+            for i, encoding in zip(rest, encodings, strict=True):
+                made[i] = (encoding.ids, _token_spans(encoding, spans[i]))
+        return made
 
     def _swap(self, text: str) -> str:
         return self._either.sub(lambda match: self._swaps[match[0]], text)
@@ -97,6 +126,10 @@ class TextEncoder:
                 if self.ids(before + text) != self.ids(before) + self.ids(text) and not text[0].isspace():
                     return False
         return True
+
+    @cached_property
+    def _new_memo(self) -> WordMemo | None:
+        return word_memo(self._plain)
 
     @cached_property
     def _plain(self) -> Tokenizer:
@@ -130,12 +163,36 @@ class TextEncoder:
         return blind
 
 
+def _from_memo(memo: WordMemo, text: str, spans: Spans) -> tuple[list[int], list[tuple[int, int]]] | None:
+    found = memo.encode(text, [place for span in spans for place in span])
+    if found is None:
+        return None
+    ids, before = found
+    return ids, list(zip(before[::2], before[1::2], strict=True))
+
+
+def _token_spans(encoding: Encoding, spans: Spans) -> list[tuple[int, int]] | None:
+    made = []
+    for start, end in spans:
+        first, last, crosses = token_span(encoding, start, end)
+        if crosses:
+            return None
+        made.append((first, last))
+    return made
+
+
 def token_span(encoding: Encoding, start: int, end: int) -> tuple[int, int, bool]:
     """Tokens of the characters start..end, and whether a token crosses the start.
 
     A token may reach past `end`: some stop tokens take the white space after them along (``rstrip``).
     """
-    offsets = encoding.offsets
+    quick = encoding.char_to_token(start), encoding.char_to_token(end)
+    if quick[0] is not None and quick[1]:
+        before, behind = encoding.token_to_chars(quick[1] - 1), encoding.token_to_chars(quick[1])
+        at = encoding.token_to_chars(quick[0])
+        if at and before and behind and before[0] < end == behind[0]:
+            return quick[0], quick[1], at[0] < start
+    offsets = encoding.offsets  # far more work than the lookups, which find no token in white space that was dropped
     first = bisect_right(offsets, start, key=lambda offset: offset[1])
     last = bisect_left(offsets, end, key=lambda offset: offset[0])
     return first, last, first < len(offsets) and offsets[first][0] < start

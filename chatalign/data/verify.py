@@ -45,7 +45,8 @@ def verify(
                 f"the targets decode to {found[:60]!r} and not to {wanted[:60]!r}; report this template"
             )
     first, start = spans[0][0], rendered.spans[0][0]
-    if encoder.ids(rendered.text[:start], guarded=guarded) != ids[:first]:
+    prompt = encoder.encode([rendered.text[:start]], guarded=guarded)[0].ids  # the tokenizer's own, without the memo
+    if prompt != ids[:first]:
         tail = encoder.unguard(rendered.text[max(start - 20, 0) : start])
         raise TemplateError(f"the prompt's tokens before {tail!r} change when a reply follows; end it otherwise")
 

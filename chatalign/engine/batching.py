@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow
+import pyarrow.compute
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -62,9 +64,12 @@ def make_bins(rows: Any, lengths: Sequence[int], capacity: int | None) -> Bins:
 
 
 def row_lengths(rows: Any) -> list[int]:
-    """Tokens that each prepared row takes in the flat layout."""
+    """Tokens that each prepared row takes in the flat layout. Read from the columns' offsets, not from the tokens."""
     columns = [name for name in rows.column_names if name.endswith("_ids")]
-    return [sum(map(len, parts)) for parts in zip(*(rows[name] for name in columns), strict=True)]
+    lengths: list[int] = []
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+        lengths += sum(pyarrow.compute.list_value_length(table[name]).to_numpy() for name in columns).tolist()
+    return lengths
 
 
 class BinSampler(Sampler[list[int]]):

@@ -1,0 +1,272 @@
+"""Data files, row by row: a first pass counts the rows and finds the broken ones, later passes give the good ones.
+
+Nothing of a jsonl, txt, csv or parquet file, or of a json file that is one list of objects, stays in memory but the
+row at hand, so memory doesn't grow with a file. Other json files are read whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from chatalign.data.rows import kind_of
+from chatalign.errors import DataError
+
+Numbered = Iterator[tuple[int, Any]]  # (the row's place in the file, from 1; the row, or a Broken in its stead)
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt")
+_MEND = "mend or delete this row"
+_CHUNK = 1 << 20
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """What is wrong with a row that can't be read."""
+
+    problem: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one file (or Dataset): how many there are, and a fresh pass over them, numbered."""
+
+    name: str
+    count: int
+    read: Callable[[], Numbered]
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, row in self.read():
+            if not isinstance(row, Broken):
+                yield f"{self.name}:{number}", row
+
+
+class _NotAList(Exception):
+    """The json file isn't one list of objects, or is broken: only its whole text tells."""
+
+
+def read_file(path: Path) -> tuple[Part, list[str]]:
+    """A file's good rows, and a line (``file:row: problem → mend``) for each of the others.
+
+    Raises DataError where nothing of the file can be read.
+    """
+    reader = reader_of(path)
+    if reader is None:
+        raise DataError(f"{path}: not a data file by its name; expected {', '.join(SUFFIXES)} (json and txt also .gz)")
+    try:
+        if reader is _parquet:
+            return Part(str(path), _parquet_rows(path), partial(_parquet, path)), []
+        if reader is _json:
+            reader = _json_reader(path)
+        count, problems = 0, []
+        for number, row in reader(path):
+            if isinstance(row, Broken):
+                problems.append(f"{path}:{number}: {row.problem} → {_MEND}")
+            else:
+                count += 1
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {_place(path, error)}); save it as UTF-8") from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: can't be read ({error}); check the file") from None
+    return Part(str(path), count, partial(reader, path)), problems
+
+
+def reader_of(path: Path) -> Callable[[Path], Numbered] | None:
+    """What reads a file of this name; None where nothing does."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+
+
+def _place(path: Path, error: UnicodeDecodeError) -> int:
+    """The byte of the whole file that isn't UTF-8; `error` knows its place in one line only."""
+    with _open(path) as file:
+        try:
+            file.read().decode("utf-8-sig")
+        except UnicodeDecodeError as whole:
+            return whole.start
+    return error.start
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines end in \\n only: a lone carriage return and Unicode's separators are text. Blank ones are left out."""
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                yield number, text
+
+
+def _jsonl(path: Path) -> Numbered:
+    for number, line in _lines(path):
+        try:
+            yield number, _object(json.loads(line.rstrip("\n")))
+        except json.JSONDecodeError as error:
+            yield number, Broken(f"broken JSON ({error.msg}, column {error.colno})")
+
+
+def _object(value: Any) -> dict[str, Any] | Broken:
+    return value if isinstance(value, dict) else Broken(f"holds {kind_of(value)}, not an object")
+
+
+def _txt(path: Path) -> Numbered:
+    for number, line in _lines(path):
+        yield number, {"text": line.rstrip("\n").rstrip("\r")}
+
+
+def _csv(path: Path) -> Numbered:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    good = 0
+    with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        try:
+            for number, row in enumerate(csv.DictReader(text, strict=True), start=1):
+                if None in row or None in row.values():  # DictReader's marks for too many and too few fields
+                    yield number, Broken("has another number of fields than the header")
+                    continue
+                good += 1
+                yield number, {name: value if value != "" else None for name, value in row.items() if name}
+        except csv.Error as error:
+            raise DataError(f"{path}:{good + 1}: broken CSV ({error}) → {_MEND}") from None
+
+
+def _parquet(path: Path) -> Numbered:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        raise _not_parquet(path, error) from None
+
+
+def _parquet_rows(path: Path) -> int:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    except pyarrow.ArrowException as error:
+        raise _not_parquet(path, error) from None
+
+
+def _not_parquet(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); write it again")
+
+
+def _json_reader(path: Path) -> Callable[[Path], Numbered]:
+    """The reader for a .json file's content: a list of objects, JSON lines under another name, or the whole text."""
+    try:
+        for _ in _json_list(path):
+            pass
+    except _NotAList:
+        return _json
+    return _json_list
+
+
+def _json_list(path: Path) -> Numbered:
+    """The objects of a JSON list, one by one; raises _NotAList for everything else."""
+    decode = json.JSONDecoder().raw_decode
+    chunks = _text_chunks(path)
+    text, at, number = "", 0, 0
+    awaited = "["
+    while True:
+        at = _BLANK.match(text, at).end()  # type: ignore[union-attr]
+        if at == len(text):
+            text, at = next(chunks, ""), 0
+            if text:
+                continue
+            if awaited == "":
+                return
+            raise _NotAList
+        if awaited == "{":
+            if text[at] != "{":
+                raise _NotAList
+            try:
+                row, at = decode(text, at)
+            except json.JSONDecodeError:
+                more = next(chunks, "")  # the row goes on there, or is broken
+                if not more:
+                    raise _NotAList from None
+                text, at = text[at:] + more, 0
+                continue
+            number += 1
+            yield number, row
+            awaited = ",]"
+        elif text[at] not in awaited or not awaited:
+            raise _NotAList
+        else:
+            awaited = "" if text[at] == "]" else "{"
+            at += 1
+
+
+def _text_chunks(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with _open(path) as file:
+        while chunk := file.read(_CHUNK):
+            if text := decoder.decode(chunk):
+                yield text
+        decoder.decode(b"", final=True)
+
+
+def _json(path: Path) -> Numbered:
+    """A json file by its whole text."""
+    with _open(path) as file:
+        text = file.read().decode("utf-8-sig")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip()[:1] == "{":  # JSON lines under another name
+            yield from _jsonl(path)
+            return
+        raise DataError(_broken_json(path, text, error)) from None
+    if isinstance(value, dict):
+        lists = [inner for inner in value.values() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+        if len(lists) != 1:
+            raise DataError(f'{path}: a JSON object without one list of rows; write a list, or {{"data": […]}}')
+        value = lists[0]
+    if not isinstance(value, list):
+        raise DataError(f"{path}: holds {kind_of(value)}, not a list of rows; write a list of objects")
+    for number, row in enumerate(value, start=1):
+        yield number, _object(row)
+
+
+def _broken_json(path: Path, text: str, error: json.JSONDecodeError) -> str:
+    """The row in which a JSON list breaks off, found by decoding its elements one by one."""
+    decoder = json.JSONDecoder()
+    at, row = text.find("[") + 1, 1
+    while 0 < at < len(text):
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+        try:
+            _, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError:
+            break
+        row += 1
+    return f"{path}:{row}: broken JSON ({error.msg}, line {error.lineno} column {error.colno}) → {_MEND}"
+
+
+_READERS: dict[str, Callable[[Path], Numbered]] = {
+    ".json": _json,
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".parquet": _parquet,
+    ".csv": _csv,
+    ".txt": _txt,
+}
