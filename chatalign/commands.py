@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from chatalign.cli import launch_stage
+from chatalign.cli import launch_stage, print_schema
 
 app = typer.Typer(
     name="chatalign",
@@ -206,15 +205,7 @@ def schema(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage's name, or pipeline.")] = "sft",
 ) -> None:
     """The JSON Schema of a recipe, for editors."""
-    import json
-
-    from chatalign.recipe import STAGES, PipelineRecipe
-
-    classes: dict[str, Any] = {**STAGES, "pipeline": PipelineRecipe}
-    if stage not in classes:
-        print(f"chatalign: `{stage}` is not a stage; give one of {', '.join(classes)}", file=sys.stderr)
-        raise typer.Exit(2)
-    print(json.dumps(classes[stage].model_json_schema(), indent=2))
+    print_schema(stage)
 
 
 @app.command()

@@ -5,27 +5,29 @@ Exit status: 0 done (or already finished), 2 refused or failed with one line, 13
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from chatalign.artifact import Artifact
 from chatalign.errors import ChatalignError, HubError, Interrupted
 from chatalign.phases import LOOPS, account, open_account, overhead, phase
 from chatalign.recipe import Recipe, load_recipe, parse_overrides
-from chatalign.runs import finished, is_main_process, locked
+
+if TYPE_CHECKING:
+    from chatalign.artifact import Artifact
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 
-RunFunction = Callable[[Any], Artifact]
+RunFunction = Callable[[Any], "Artifact"]
 
 
 def quiet_libraries() -> None:
     """Settings that hold for every command, made before the libraries read them."""
+    import logging
+
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -49,10 +51,12 @@ def stage_main(stage: str, run: RunFunction, argv: Sequence[str] | None = None) 
 
 def execute(stage: str, run: RunFunction, path: str, overrides: Sequence[str], *, force: bool = False) -> None:
     """Load the recipe and run the stage, unless the same run is finished already and `force` is off."""
-    quiet_libraries()
     open_account()
     with phase("check"):
         recipe = load_recipe(path, parse_overrides(overrides), stage=stage)
+        from chatalign.runs import finished, locked  # not needed to refuse a recipe
+
+        quiet_libraries()
         if not force and (done := finished(recipe)) is not None:
             say(f"{recipe.output_dir}: already finished (run {done.run_id}); --force runs it again")
             return
@@ -79,6 +83,8 @@ def around(seconds: Mapping[str, float]) -> str:
 @phase("report")
 def hand_out(recipe: Recipe) -> None:
     """Write a finished run's report and, where the recipe asks, upload it; raises HubError with the run kept."""
+    from chatalign.runs import is_main_process
+
     if not is_main_process():
         return
     from chatalign.report import write_run_report
@@ -99,6 +105,7 @@ def hand_out(recipe: Recipe) -> None:
 def refuse_problems(recipe: Recipe, *, made_later: frozenset[str] = frozenset()) -> None:
     """Raise for the first problem that ``chatalign check`` finds without a model; `made_later` are folders to come."""
     from chatalign.check import refuse_first
+    from chatalign.runs import is_main_process
 
     if is_main_process():
         refuse_first(recipe, made_later=made_later)
@@ -123,5 +130,7 @@ def guarded(work: Callable[[], None], *, show_traceback: bool = False) -> int:
 
 def say(line: str) -> None:
     """One line for the person at the terminal, from the main process only."""
+    from chatalign.runs import is_main_process
+
     if is_main_process():
         print(line, flush=True)
