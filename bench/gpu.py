@@ -34,6 +34,12 @@ NOMINAL = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090
 LOSS_APART, NORM_APART = {"half": 2e-3, "full": 1e-5}, {"half": 5e-2, "full": 1e-4}
 # What an arm of each size may take at most: start, compiling and steps. Also a guess of what the next one will take.
 LIMIT_S = {"tiny": 120, "0.5B": 180, "1.2B": 240, "3.2B": 300, "8B": 400}
+EXPLAINED = (
+    "MFU = Σ (6 N t + 6 L d t²) over documents of t tokens (4 N with adapters), N weights that are multiplied with, "
+    "the output layer too, L layers, d heads × head size, over the data sheet's bf16 peak. Start: imports and the "
+    "making of model and trainer; first step: the probe and the first step after it, compiling included. Loss and "
+    "gradient norm: on the same rows, before training."
+)
 Result = dict[str, Any]
 
 
@@ -165,12 +171,8 @@ def table(results: list[Result], work: Work, ceilings: Result) -> list[str]:
     head = f"### {work.name}"
     if ours and peers:
         head += f": {ours / max(peers):.2f} × TRL's best arm"
-    lines = [
-        head,
-        "",
-        f"| arm | {work.unit}/s | of chatalign | MFU | peak GB | start s | first step s | loss | gradient norm |",
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    columns = (f"{work.unit}/s", "of chatalign", "MFU", "peak GB", "start s", "first step s", "loss", "gradient norm")
+    lines = [head, "", f"| arm | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     nominal = next((peak for name, peak in NOMINAL.items() if name in ceilings.get("device", "")), None)
     for arm, rs in arms.items():
         if "error" in rs[0]:
@@ -200,11 +202,8 @@ def report(results: list[Result], works: dict[str, Work], device: str) -> tuple[
     if ceilings:
         lines.append(
             f"{ceilings['device']}, torch {ceilings['torch']}; ceilings measured in the same session: "
-            f"{ceilings['gemm_tflops']:,.0f} TFLOP/s (bf16 matrix product of 8,192), "
-            f"{ceilings['copy_tb_per_s']:.2f} TB/s (copy). MFU = Σ (6 N t + 6 L d t²) over documents of t tokens, "
-            "N weights that are multiplied with (the output layer too), L layers, d heads × head size, over the "
-            "data sheet's bf16 peak; 4 N with adapters. Start: imports and the making of model and trainer; first step: "
-            "the probe and the first step after it, compiling included. Loss and gradient norm: on the same rows before training."
+            f"{ceilings['gemm_tflops']:,.0f} TFLOP/s (bf16 matrix product), {ceilings['copy_tb_per_s']:.2f} TB/s "
+            f"(copy). {EXPLAINED}"
         )
         lines.append("")
     wrong = []

@@ -61,13 +61,16 @@ def refuse_first(recipe: Recipe, *, made_later: frozenset[str] = frozenset()) ->
 
 
 def _packages(recipe: Recipe) -> Iterator[Finding]:
+    train = getattr(recipe, "train", None)
     needed = {
         "trl": getattr(recipe, "engine", "native") == "trl" or recipe.stage == "kto",
-        "bitsandbytes": getattr(recipe, "quantization", None) is not None,
+        "bitsandbytes": getattr(recipe, "quantization", None) is not None
+        or any(name in getattr(train, "optim", "") for name in ("bnb", "8bit", "paged")),
+        "liger_kernel": bool(getattr(train, "use_liger_kernel", False)),
         "evaluate": bool(getattr(getattr(recipe, "eval", None), "metrics", [])),
         recipe.tracking: recipe.tracking != "none",
     }
-    extras = {"bitsandbytes": "quantization"}
+    extras = {"bitsandbytes": "quantization", "liger_kernel": "gpu"}
     for package, wanted in needed.items():
         if not wanted:
             continue

@@ -87,7 +87,7 @@ def choose(recipe: StageRecipe, machine: Hardware) -> Levers:
     bf16 = machine.bf16 and not train.fp16 if train.bf16 is None else train.bf16
     liger = train.use_liger_kernel
     if liger and not machine.liger:
-        raise DependencyError("`train.use_liger_kernel` needs a package that isn't installed; pip install liger-kernel")
+        raise DependencyError("`train.use_liger_kernel` needs liger-kernel; pip install 'chatalign[gpu]'")
     if liger is None:  # compiled layers are fused already, and PPO's also decode
         native = recipe.stage not in ("ppo", "kto") and getattr(recipe, "engine", "native") == "native"
         liger = machine.liger and native and not train.torch_compile

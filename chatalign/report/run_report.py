@@ -89,6 +89,7 @@ def _facts(artifact: Artifact) -> str:
         ("base model", f"{base.name_or_path} ({base.revision or _short(base.sha256)})" if base else "–"),
         ("time", duration(artifact.wall_s)),
         ("tokens", f"{artifact.tokens_seen:,} ({artifact.tokens_per_s:,.0f} a second)"),
+        ("ran with", str(artifact.extra.get("ran_with", "–"))),
         ("seeds", ", ".join(f"{name} {seed}" for name, seed in artifact.seeds.items()) or "–"),
         ("fingerprint", _short(artifact.fingerprint)),
     ]

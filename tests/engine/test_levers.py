@@ -64,7 +64,7 @@ def test_a_kernel_of_a_gpu_is_refused_without_one(tmp_path: Path) -> None:
 
 
 def test_liger_that_is_not_installed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DependencyError, match="pip install liger-kernel"):
+    with pytest.raises(DependencyError, match="needs liger-kernel; pip install"):
         chosen(H100, tmp_path, use_liger_kernel=True)
 
 
