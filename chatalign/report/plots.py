@@ -141,7 +141,7 @@ def _curves_png(panels: Sequence[tuple[str, str, Curves]], *, dark: bool) -> byt
                 style = "--" if key.startswith("eval_") else "-"
                 colour = _COLOURS[place % len(_COLOURS)]
                 axes.plot(steps, values, style, marker=marker, markersize=3, linewidth=1.6, color=colour, label=key)
-            axes.set_title(title)
+            axes.set_title(title, y=1.0)
             axes.set_xlabel("step")
             axes.set_ylabel(label)
             if len(curves) > 1 or next(iter(curves)) != title:
@@ -200,7 +200,10 @@ def _figure(columns: int, *, height: float, width: float, fixed_margins: bool = 
         top=1 - top / height,
         wspace=between / panel,
     )
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    all_axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axes in all_axes:
+        axes.xaxis.set_label_coords(0.5, -0.32 / (height - bottom - top))
+    return figure, all_axes
 
 
 def _png(figure: Any) -> bytes:
