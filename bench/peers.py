@@ -79,7 +79,7 @@ PEERS: dict[str, Peer] = {
     "torchtune": Peer(
         requirement="torchtune==0.6.1",
         imports="import torchtune.models.llama3, torchtune.datasets",
-        beside=("torchao==0.12.0",),
+        beside=("torchao",),
     ),
     "unsloth": Peer(requirement="unsloth==2026.10.7", imports="from unsloth import FastLanguageModel"),
 }
