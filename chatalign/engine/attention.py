@@ -164,8 +164,8 @@ def _choose(wanted: Kernel, query: Tensor, key: Tensor, dropout: float, softcap:
     varlen = softcap is None and varlen_attention.fits(query, key, dropout)
     if wanted == "varlen" and not varlen:
         raise ModelError(
-            "`model.attention: varlen` runs on a GPU, in half precision, with heads of at most 256, without dropout "
-            "and softcap, and this layer asks for something else; set `model.attention: auto`"
+            "`model.attention: varlen` runs on a GPU since Ampere, in half precision, with heads of 8 to 256, without "
+            "dropout and softcap, and this layer asks for something else; set `model.attention: auto`"
         )
     if wanted == "flex" and dropout:
         raise ModelError("`model.attention: flex` has no dropout; set `model.attention: auto`")

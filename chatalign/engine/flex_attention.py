@@ -70,16 +70,18 @@ def token_table(plan: Segments, device: torch.device | str) -> TokenTable:
 def visible(table: TokenTable, window: int | None) -> MaskMod:
     """FlexAttention's mask function: true where query `q` sees key `k`; `window` bounds how far back."""
 
+    segment, prefix, place = table.segment, table.prefix, table.place  # tensors, as the compiler wants its closures
+
     def own_or_prefix(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (table.segment[q] == table.segment[k]) & (q >= k)
-        return own | (table.prefix[q] == table.segment[k])
+        own = (segment[q] == segment[k]) & (q >= k)
+        return own | (prefix[q] == segment[k])
 
     if window is None:
         return own_or_prefix
     reach = window
 
     def within_window(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return own_or_prefix(batch, head, q, k) & (table.place[q] - table.place[k] < reach)
+        return own_or_prefix(batch, head, q, k) & (place[q] - place[k] < reach)
 
     return within_window
 
@@ -151,8 +153,9 @@ def attend(
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
-    # Lengths change from batch to batch; uncompiled it would build T × T scores.
-    return torch.compile(flex_attention, dynamic=True)
+    # Uncompiled it would build T × T scores. The compiler leaves lengths open from the second batch on; told to from
+    # the first (dynamic=True), it would leave a softcap open too, and then can't lower it.
+    return torch.compile(flex_attention)
 
 
 @lru_cache

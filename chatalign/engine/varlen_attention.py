@@ -6,6 +6,7 @@ Shapes: T tokens, S segments, H heads, D head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -27,9 +28,22 @@ class VarlenTable:
 
 
 def fits(query: Tensor, key: Tensor, dropout: float) -> bool:
-    """Whether the kernel can run it: half precision on a GPU, heads of at most 256, no dropout."""
+    """Whether the kernel can run it: half precision on a GPU since Ampere, heads of 8, 16 … 256, no dropout."""
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and dropout == 0 and query.shape[-1] == key.shape[-1] <= 256
+    head = query.shape[-1]
+    return (
+        query.is_cuda
+        and half
+        and dropout == 0
+        and head == key.shape[-1] <= 256
+        and not head % 8
+        and _has_flash(query.device)
+    )
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_table(plan: Segments, device: torch.device) -> VarlenTable:

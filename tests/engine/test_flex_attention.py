@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import flex_attention as flex_attention_call
 
 from chatalign.engine import flex_attention, varlen_attention
 from chatalign.engine.attention import SegmentPlan, plan_segments, segment_attention_forward, segment_inputs
@@ -115,6 +117,24 @@ def test_flex_computes_what_segment_by_segment_does(name: str, softcap: float | 
     torch.testing.assert_close(flex, sdpa, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_compiled_kernel_serves_all_lengths(softcap: float | None) -> None:
+    # On a CPU the compiled kernel has no backward pass; that it isn't compiled anew is the same compiler's word.
+    score_mod = None if softcap is None else flex_attention._softcap(softcap)
+    graphs = []
+    for name in ("pair", "documents", "pairs", "blocks"):
+        plan = PLANS[name]
+        generator = torch.Generator().manual_seed(0)
+        parts = [torch.randn(1, heads, sum(plan.lengths), 16, generator=generator) for heads in (4, 2, 2)]
+        settings = {"score_mod": score_mod, "block_mask": flex_attention.block_mask(plan, CPU), "enable_gqa": True}
+        with torch.no_grad():
+            compiled, plain = (run(*parts, **settings) for run in (flex_attention._compiled(), flex_attention_call))
+        torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[1]
+
+
 def test_a_model_runs_the_kernel_that_it_is_set_to() -> None:
     model = make_model("llama").requires_grad_(False)
     expected = model(**segment_inputs(flat_pair())).logits if enable_segments(model) == {"sdpa"} else None
@@ -125,7 +145,7 @@ def test_a_model_runs_the_kernel_that_it_is_set_to() -> None:
 
 
 def test_a_kernel_that_cannot_run_is_refused_not_replaced() -> None:
-    with pytest.raises(ModelError, match="varlen` runs on a GPU"):
+    with pytest.raises(ModelError, match="varlen` runs on a GPU since"):
         attend(PLANS["pair"], "varlen")
     query, plan = torch.zeros(1, 1, 1, 16), plan_of((1, None))
     with pytest.raises(ModelError, match="flex` has no dropout"):
