@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 import yaml
 
 import chatalign.pipeline as pipeline_module
-from chatalign.artifact import Artifact, hash_files
+from chatalign.artifact import Artifact, hash_files, write_json
 from chatalign.errors import ChatalignError, DataError, HubError, Interrupted, RecipeError
+from chatalign.phases import phase
 from chatalign.pipeline import resolve_stages, run_pipeline
 from chatalign.recipe import Recipe, load_pipeline
-from chatalign.runs import open_run
+from chatalign.runs import locked, open_run
 
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 PAIR = {"prompt": "hi", "chosen": "hello", "rejected": "go away"}
@@ -145,6 +147,38 @@ def test_a_stages_override_holds_beside_one_of_the_pipeline(chain: Path) -> None
         stages = resolve_stages(load_pipeline(chain, order), chain)
         assert stages["dpo"].dpo.beta == 0.3  # type: ignore[union-attr]
         assert stages["dpo"].output_dir == "elsewhere/dpo"
+
+
+def test_a_stage_whose_folder_is_held_by_another_run_is_refused(chain: Path, ran: list[str]) -> None:
+    with locked(chain.parent / "runs" / "reward"), pytest.raises(RecipeError, match="another chatalign run"):
+        run_pipeline(chain)
+    assert ran == ["sft"]
+    assert statuses(run_pipeline(chain)) == ["skipped", "ran", "ran"]
+
+
+def test_the_summary_keeps_the_seconds_of_the_run_that_made_a_stage(
+    chain: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        pipeline_module, "_report", lambda folder, summary, *, changed: write_json(folder / "summary.json", summary)
+    )
+    whole = pipeline_module.run_stage
+
+    def with_phases(recipe: Recipe) -> Artifact:
+        with phase("train"):
+            time.sleep(0.02)
+        with phase("data"):
+            time.sleep(0.02)
+        return whole(recipe)
+
+    monkeypatch.setattr(pipeline_module, "run_stage", with_phases)
+    first = run_pipeline(chain)["stages"]
+    for row in first:
+        assert {"check", "train", "data"} <= set(row["seconds"])
+        assert row["overhead_s"] == pytest.approx(sum(row["seconds"].values()) - row["seconds"]["train"], abs=0.006)
+    again = run_pipeline(chain, {"dpo.dpo.beta": 0.3})["stages"]
+    assert [row["status"] for row in again] == ["skipped", "skipped", "ran"]
+    assert [row["seconds"] for row in again[:2]] == [row["seconds"] for row in first[:2]]
 
 
 def test_a_failing_launch_names_the_command(chain: Path, ran: list[str]) -> None:
