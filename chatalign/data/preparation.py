@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -32,7 +33,7 @@ from chatalign.recipe import DataSection, DatasetSource
 
 logger = logging.getLogger(__name__)
 LOST_TARGETS_LIMIT = 0.01  # a larger share of rows without targets is a mistake in max_length, not in the rows
-_CHUNK = 1000
+_CHUNK = 250  # rows encoded at once: enough for a tokenizer's batch, and few to hold
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,12 @@ class _Pass:
         self.workers = min(self.section.num_proc or 1, -(-rows // _CHUNK))
         if self.workers < 2:
             return
-        # Spawned, not forked: a fork of a process with torch's and tokenizers' threads can hang.
-        pool = ProcessPoolExecutor(self.workers, get_context("spawn"), _start_worker, (self.make_encoder,))
+        # Forked where that can be, as by datasets' own num_proc: no imports again, and what the encoder has learnt.
+        # A worker tokenizes only; torch's threads, which don't survive a fork, are not asked for anything.
+        method = "fork" if sys.platform == "linux" else "spawn"
+        _worker[:] = [self.encoder]
+        stack.callback(_worker.clear)
+        pool = ProcessPoolExecutor(self.workers, get_context(method), _start_worker, (self.make_encoder,))
         stack.callback(pool.shutdown, cancel_futures=True)
         self.pool = pool
 
@@ -225,13 +230,13 @@ class _Pass:
     def _blocks(self, items: Iterator[_Item]) -> Iterator[tuple[list[_Item], Block]]:
         """The items in chunks with their encoding, in order; a few chunks ahead of the reader where there is a pool."""
         ahead: deque[tuple[list[_Item], Future[Block]]] = deque()
-        while chunk := list(islice(items, _CHUNK)):
+        for number, chunk in enumerate(iter(lambda: list(islice(items, _CHUNK)), [])):
             rows = [item.row for item in chunk]
-            if self.pool is None:
+            if self.pool is None or number == 0:  # the first here, so that forked workers start with its words
                 yield chunk, self.encoder.block(rows)
                 continue
             ahead.append((chunk, self.pool.submit(_encode_chunk, rows)))
-            if len(ahead) > 2 * self.workers:
+            if len(ahead) > 4 * self.workers:
                 done, future = ahead.popleft()
                 yield done, future.result()
         for done, future in ahead:
@@ -243,7 +248,8 @@ _worker: list[RowEncoder] = []
 
 def _start_worker(make_encoder: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker[:] = [make_encoder()]
+    if not _worker:
+        _worker.append(make_encoder())
 
 
 def _encode_chunk(rows: list[Row]) -> Block:

@@ -25,6 +25,8 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from chatalign.artifact import fingerprint, sha256_file
 from chatalign.errors import DataError
 
+_BATCH = 4000  # rows; few enough to hold, and datasets looks rows up by batch
+
 
 def tokens_key(tokenizer: Any, **settings: Any) -> str:
     """The hash of `settings`, the tokenizer, its template, the libraries' versions and the code of this package."""
@@ -72,25 +74,33 @@ def _write_aside(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 class TableFile:
-    """An arrow file that tables are appended to; made at the first rows."""
+    """An arrow file that tables are appended to, in batches of some thousand rows; made at the first rows."""
 
     def __init__(self, path: Path, schema: pyarrow.Schema) -> None:
         self.path, self.schema = path, schema
         self.rows = 0
+        self._waiting: list[pyarrow.Table] = []
         self._writer: pyarrow.RecordBatchStreamWriter | None = None
 
     def append(self, table: pyarrow.Table) -> None:
-        """Write a table's rows behind those that are there."""
-        if not len(table):
-            return
+        """Put a table's rows behind those that are there."""
+        if len(table):
+            self._waiting.append(table)
+            self.rows += len(table)
+        if sum(map(len, self._waiting)) >= _BATCH:
+            self._write()
+
+    def _write(self) -> None:
         if self._writer is None:
             self._writer = pyarrow.ipc.new_stream(str(self.path), self.schema)
-        self._writer.write_table(table.combine_chunks())
-        self.rows += len(table)
+        self._writer.write_table(pyarrow.concat_tables(self._waiting).combine_chunks())
+        self._waiting.clear()
 
     def __enter__(self) -> TableFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._waiting:
+            self._write()
         if self._writer is not None:
             self._writer.close()

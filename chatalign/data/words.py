@@ -18,6 +18,7 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -39,16 +40,16 @@ class _WordIds(dict[str, bytes]):
         super().__init__()
         self.model = model
         self.added = {text: array("i", [id_]).tobytes() for text, id_ in added.items()}
-        self.as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.letters = {ord(char): as_bytes.pre_tokenize_str(char)[0][0] for char in ALPHABET}  # of its bytes
         self.update(self.added)
 
     def __missing__(self, word: str) -> bytes:
         if len(self) >= _MAX_WORDS:
             self.clear()
             self.update(self.added)
-        pieces = self.as_bytes.pre_tokenize_str(word)
-        ids = array("i", [token.id for piece, _ in pieces for token in self.model.tokenize(piece)]).tobytes()
-        self[word] = ids
+        tokens = self.model.tokenize(word.translate(self.letters))
+        self[word] = ids = array("i", [token.id for token in tokens]).tobytes()
         return ids
 
 
@@ -86,7 +87,8 @@ class WordMemo:
         if "".join(words) != text:  # the expression left something out
             return None
         ids = list(map(self._ids.__getitem__, words))
-        return memoryview(b"".join(ids)).cast("i").tolist(), [sum(map(len, ids[:count])) // 4 for count in before]
+        tokens = [sum(map(len, ids[first:last])) // 4 for first, last in pairwise([0, *before])]
+        return memoryview(b"".join(ids)).cast("i").tolist(), list(accumulate(tokens))
 
 
 def _words_before(words: Sequence[str], length: int) -> int | None:
