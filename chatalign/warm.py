@@ -96,6 +96,7 @@ def _give_back() -> None:
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     AcceleratorState._reset_state(reset_partial_state=alone)
     GradientState._reset_state()
+    torch.compiler.reset()  # recompilations are counted over the process, and past a few a function runs uncompiled
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -118,6 +118,25 @@ def test_what_a_stage_changes_in_the_process_is_taken_back() -> None:
     assert not PartialState._shared_state, "the next stage couldn't choose another device"
 
 
+def test_the_next_stage_compiles_anew() -> None:
+    """Else its recompilations would be added to the last stage's, and past a few it would run uncompiled."""
+    import_once("chatalign.sft")
+    import torch
+
+    graphs = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    for _ in range(2):
+        with as_if_alone():
+            double(torch.ones(3))
+            double(torch.ones(3))
+    assert len(graphs) == 2
+
+
 def test_an_open_wandb_run_is_finished_with_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     import_once("chatalign.sft")
     finished = []
