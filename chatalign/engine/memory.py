@@ -68,8 +68,10 @@ def optimizer_bytes(optim: str) -> float:
     return next((size for name, size in _OPTIMIZER_BYTES.items() if name in optim), _ADAMW_BYTES)
 
 
-def available_bytes(device: torch.device) -> int:
-    """The device's free memory and what this process has of it already."""
+def available_bytes(device: torch.device) -> int | None:
+    """A GPU's free memory and what this process has of it already; None elsewhere."""
+    if device.type != "cuda":
+        return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device)
 

@@ -38,10 +38,9 @@ def set_up(
     attention = enable_segments(model, recipe.model.attention)
     layers = len(decoder_layers(model))
     checkpointed = layers if levers.checkpointing is True else 0
-    if levers.checkpointing == "auto" and args.device.type == "cuda":
+    if levers.checkpointing == "auto" and (available := available_bytes(args.device)) is not None:
         step = step_memory(model, args, beside)
-        checkpointed = layers_to_checkpoint(step, largest_batch(rows, args), available_bytes(args.device))
-        if checkpointed:
+        if checkpointed := layers_to_checkpoint(step, largest_batch(rows, args), available):
             checkpoint_layers(model, checkpointed)
     enable_chunked_head(model)
     if levers.compile:
@@ -82,6 +81,9 @@ def step_memory(model: nn.Module, args: TrainingArguments, beside: Sequence[nn.M
     """What a step of this model takes, by its arguments."""
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ModelError("`train.gradient_checkpointing: auto` can't measure sharded weights; give true or false")
+    if not decoder_layers(model):
+        name = type(unwrapped(model)).__name__
+        raise ModelError(f"{name} has no layers that could be checkpointed; set `train.gradient_checkpointing: false`")
     head = unwrapped(model).get_output_embeddings()
     trained_head = 0 if head is None or not head.weight.requires_grad else 4 * head.weight.numel()
     return measure_step(

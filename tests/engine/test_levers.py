@@ -12,11 +12,14 @@ import torch
 from tiny import make_llama
 from torch._dynamo.utils import counters
 
+from chatalign import check
+from chatalign.engine import model_setup
 from chatalign.engine.attention import segment_inputs
 from chatalign.engine.isolation import enable_segments
 from chatalign.engine.layers import checkpoint_layers, compile_layers, decoder_layers
 from chatalign.engine.levers import LIGER_LOSSES, Hardware, Levers, choose, described
 from chatalign.engine.memory import StepMemory, layers_to_checkpoint, measure_step, optimizer_bytes
+from chatalign.engine.model_setup import largest_batch
 from chatalign.engine.offloading import OffloadedActivations
 from chatalign.engine.stage import argument_values
 from chatalign.errors import DependencyError, RecipeError
@@ -66,6 +69,15 @@ def test_a_kernel_of_a_gpu_is_refused_without_one(tmp_path: Path) -> None:
 def test_liger_that_is_not_installed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DependencyError, match="needs liger-kernel; pip install"):
         chosen(H100, tmp_path, use_liger_kernel=True)
+
+
+def test_check_names_the_packages_that_levers_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda _name: None)
+    recipe = sft_recipe(tmp_path, optim="paged_adamw_8bit", use_liger_kernel=True)
+    problems = [str(finding.problem) for finding in check.check_recipe(recipe) if "package" in finding.what]
+    assert any("bitsandbytes" in problem for problem in problems)
+    assert any("pip install 'chatalign[gpu]'" in problem for problem in problems)
+    assert not [f for f in check.check_recipe(sft_recipe(tmp_path)) if "package" in f.what]
 
 
 def test_the_engines_own_levers_never_reach_training_arguments(tmp_path: Path) -> None:
@@ -224,6 +236,20 @@ def test_optimizers_by_name() -> None:
         2.0,
         0.0,
     ]
+
+
+def test_auto_checkpoints_what_the_memory_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = make_trainer(tmp_path / "plain", lm_rows(16), max_steps=3, gradient_checkpointing="auto")
+    assert not any(layer.gradient_checkpointing for layer in decoder_layers(plain.model))  # a CPU
+    plain.train()
+    monkeypatch.setattr(model_setup, "available_bytes", lambda _device: 1)
+    auto = make_trainer(tmp_path / "auto", lm_rows(16), max_steps=3, gradient_checkpointing="auto")
+    assert auto.ran_with.endswith("2 of 2 layers checkpointed")
+    auto.train()
+    assert all(layer.gradient_checkpointing for layer in decoder_layers(auto.model))
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(auto)[name], value)
+    assert largest_batch(auto.train_dataset, auto.args) == 2 * max(map(len, lm_rows(16)["input_ids"]))
 
 
 def test_what_a_layer_keeps_is_measured() -> None:
