@@ -31,8 +31,8 @@ VENVS = ROOT / "bench" / ".venvs"
 CONSTRAINTS = ROOT / "constraints.txt"
 TIME_LIMIT_S = 480
 
-# torchdata and torchao are left in: they take the torch that is there.
-TORCH_FAMILY = frozenset({"torch", "torchvision", "torchaudio", "torchcodec", "xformers", "triton"})
+# torchdata, torchao and triton are left in: they take the torch that is there, or none.
+TORCH_FAMILY = frozenset({"torch", "torchvision", "torchaudio", "torchcodec", "xformers"})
 CUDA_PREFIXES = ("nvidia-", "cuda-", "cupy-")
 VERSIONS_SHOWN = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -46,16 +46,14 @@ class Peer:
     """How one peer is installed, and the import that shows it can train on this machine.
 
     `own_pins` are packages added at the versions of constraints.txt; else the peer's own requirement decides.
-    `beside` is what it imports without naming it as a requirement, `without` what it names and no CPU can run.
-    `stand_ins` are modules that it imports at its top and that have no build without CUDA: an empty module takes their
-    place, so that whatever would really call one fails.
+    `beside` is what it imports without naming it as a requirement. `stand_ins` are modules that it imports at its top
+    and that have no build without CUDA: empty modules take their place, so that whatever would really call one fails.
     """
 
     requirement: str
     imports: str
     own_pins: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
     stand_ins: tuple[str, ...] = ()
 
 
@@ -70,11 +68,7 @@ PEERS: dict[str, Peer] = {
         imports="from llamafactory.train.tuner import run_exp",
         stand_ins=("torchaudio",),  # read for rows with sound only
     ),
-    "axolotl": Peer(
-        requirement="axolotl==0.19.0",
-        imports="from axolotl.train import train",
-        without=("liger-kernel", "fla-core", "flash-linear-attention"),
-    ),
+    "axolotl": Peer(requirement="axolotl==0.19.0", imports="from axolotl.core.builders import HFCausalTrainerBuilder"),
     "ms-swift": Peer(requirement="ms-swift==4.6.0", imports="from swift import rlhf_main, sft_main"),
     "torchtune": Peer(
         requirement="torchtune==0.6.1",
@@ -103,13 +97,13 @@ def drags_torch_in(name: str) -> bool:
     return canonical in TORCH_FAMILY or canonical.startswith(CUDA_PREFIXES)
 
 
-def installable(requires: Iterable[str], without: Iterable[str] = ()) -> list[str]:
-    """The requirements of a package's metadata that apply here, less extras', torch's family and `without`."""
+def installable(requires: Iterable[str]) -> list[str]:
+    """The requirements of a package's metadata that apply here, without extras' and without torch's family."""
     kept = []
     for line in requires:
         requirement = Requirement(line)
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if applies and not drags_torch_in(requirement.name) and canonicalize_name(requirement.name) not in without:
+        if applies and not drags_torch_in(requirement.name):
             requirement.marker = None
             kept.append(str(requirement))
     return sorted(set(kept))
@@ -188,7 +182,7 @@ def install(peer: Peer, venv: Path) -> dict[str, str]:
     pip("--no-deps", peer.requirement)
     own_name = Requirement(peer.requirement).name
     own = next(iter(importlib.metadata.distributions(name=own_name, path=[str(site_packages(venv))])))
-    pip(*installable(own.requires or [], peer.without), *others, *peer.beside)
+    pip(*installable(own.requires or []), *others, *peer.beside)
     for module in peer.stand_ins:
         (site_packages(venv) / f"{module}.py").write_text('"""Empty: no build of this module without CUDA."""\n')
     watched([str(python), "-c", peer.imports], log=log, deadline=deadline, constraints=constraints)

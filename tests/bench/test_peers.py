@@ -28,8 +28,7 @@ def test_the_metadata_filter_keeps_torch_and_cuda_out(peers):
         "torchaudio>=2.4",
         "nvidia-cublas-cu12==12.8",
         "nvidia_ml_py",
-        "triton>=3; sys_platform != 'darwin'",
-        "xformers",
+        "xformers>=0.0.33; sys_platform != 'no-such-system'",
         "torchdata<=0.11.0,>=0.10.0",
         "transformers<=5.6.0",
     ]
