@@ -36,6 +36,7 @@ def recipe_of(work: Work, arm: Arm, folder: Path, device: str) -> Any:
             "logging_steps": work.warm + work.steps,
             "save_strategy": "no",
             "use_cpu": device == "cpu",
+            "gradient_checkpointing": work.checkpointing,
         },
     } | ({"lora": {"r": 16, "lora_alpha": 32}} if work.tuning != "full" else {})
     change = dict(arm.change)

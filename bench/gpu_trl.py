@@ -40,7 +40,7 @@ def build(
         "max_length": work.max_length,
         "bf16": device == "cuda",
         "use_cpu": device == "cpu",
-        **change,
+        **change | ({"gradient_checkpointing": True} if work.checkpointing else {}),
     }
     common = {"model": model, "processing_class": tokenizer}
     trainer = _sft if work.stage == "sft" else _pairs

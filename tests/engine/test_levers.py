@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,10 +21,10 @@ from chatalign.engine.isolation import enable_segments
 from chatalign.engine.layers import checkpoint_layers, compile_layers, decoder_layers
 from chatalign.engine.levers import LIGER_LOSSES, Hardware, Levers, choose, described
 from chatalign.engine.memory import StepMemory, layers_to_checkpoint, measure_step, optimizer_bytes
-from chatalign.engine.model_setup import largest_batch
+from chatalign.engine.model_setup import largest_batch, with_kernels
 from chatalign.engine.offloading import OffloadedActivations
 from chatalign.engine.stage import argument_values
-from chatalign.errors import DependencyError, RecipeError
+from chatalign.errors import DependencyError, ModelError, RecipeError
 from engine.stand_ins import VOCABULARY, lm_rows, make_run, make_trainer, sft_recipe, weights
 
 CPU, H100 = Hardware(device="cpu"), Hardware(device="cuda", bf16=True)
@@ -69,6 +71,25 @@ def test_a_kernel_of_a_gpu_is_refused_without_one(tmp_path: Path) -> None:
 def test_liger_that_is_not_installed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DependencyError, match="needs liger-kernel; pip install"):
         chosen(H100, tmp_path, use_liger_kernel=True)
+
+
+def test_liger_goes_to_the_models_that_it_has_kernels_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its kernels run on GPUs alone; what is held here is whom they are given to, and without which of its losses.
+    given: list[dict[str, Any]] = []
+    package, patches = ModuleType("liger_kernel.transformers"), ModuleType("liger_kernel.transformers.monkey_patch")
+    package._apply_liger_kernel_to_instance = lambda **settings: given.append(settings)  # type: ignore[attr-defined]
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}  # type: ignore[attr-defined]
+    for module in (ModuleType("liger_kernel"), package, patches):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    recipe, model = sft_recipe(tmp_path), make_llama(VOCABULARY)
+    levers = choose(recipe, LIGER)
+    assert with_kernels(model, recipe, levers) == levers
+    assert given == [{"model": model, **LIGER_LOSSES}]
+    model.config.model_type = "gpt2"
+    assert with_kernels(model, recipe, levers).liger is None
+    with pytest.raises(ModelError, match="Liger has no kernels for gpt2 models"):
+        with_kernels(model, sft_recipe(tmp_path, use_liger_kernel=True), levers)
+    assert len(given) == 1
 
 
 def test_check_names_the_packages_that_levers_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
