@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--arms", help="these only, with commas between")
     parser.add_argument("--arm", help="run this arm in this process (what the others are started with)")
     parser.add_argument("--folder", type=Path)
     chosen = parser.parse_args()
@@ -265,7 +266,11 @@ def _measure(arms: Sequence[str], chosen: argparse.Namespace, *, rows: int, repe
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder, rows, fresh=chosen.fresh)
-        results = [_start(arm, folder, **env) for _ in range(repeats) for arm in arms]
+        wanted = [arm for arm in arms if chosen.arms is None or arm in chosen.arms.split(",")]
+        results = []
+        for arm in [arm for _ in range(repeats) for arm in wanted]:
+            results.append(_start(arm, folder, **env))
+            print({name: round(v, 2) if isinstance(v, float) else v for name, v in results[-1].items()}, flush=True)
     if len({result["tokens"] for result in results}) > 1:
         raise SystemExit(f"the arms' tokens differ: {[(one['arm'], one['tokens']) for one in results]}")
     if len({result["first_rows"] for result in results} - {""}) > 1:
