@@ -6,6 +6,7 @@ stage's words in any case.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ STAGE_COMMANDS = ("pretrain", "sft", "reward", "dpo", "ppo", "kto", "eval")
 def launch_stage(stage: str, words: Sequence[str]) -> NoReturn:
     """``RECIPE [key=value ...] [--force] [--traceback]`` of one stage; ends the process."""
     from chatalign.launch import stage_main
+
+    gc.enable()
 
     def run(recipe: Any) -> Any:
         from chatalign.pipeline import run_stage
@@ -41,6 +44,7 @@ def print_schema(stage: str) -> None:
 
 def main() -> None:
     """The ``chatalign`` command."""
+    gc.disable()  # until what a command needs is imported: imports make objects and no garbage
     # pydantic reads every installed package's metadata in search of plugins; none has a say in recipes.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     command, words = next(iter(sys.argv[1:]), ""), sys.argv[2:]
@@ -48,9 +52,11 @@ def main() -> None:
         launch_stage(command, words)
     if command == "schema" and not words[1:] and not any(word.startswith("-") for word in words):
         print_schema(*words or ["sft"])
+        gc.enable()
         return
     from chatalign.commands import app
 
+    gc.enable()
     app()
 
 

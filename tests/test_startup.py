@@ -36,7 +36,10 @@ class Watch(MetaPathFinder):
             from torch.optim.optimizer import register_optimizer_step_post_hook
             register_optimizer_step_post_hook(stepped)
 def stepped(*_):
-    import os
+    import gc, os
+    assert gc.isenabled()
+    if gc.get_freeze_count() > 100_000:
+        sys.modules["frozen"] = None
     report()
     os._exit(0)
 sys.meta_path.insert(0, Watch())
@@ -93,6 +96,7 @@ def test_a_light_command_imports_little(words: list[str], without: set[str], at_
 def test_a_stage_imports_nothing_unasked_before_its_first_step(recipe: Path) -> None:
     modules = modules_of(["sft", "sft.yaml"], recipe.parent, before=AT_FIRST_STEP)
     assert "torch" in modules, "the run never came to a step"
+    assert "frozen" in modules, "its imports are walked by every collection of the training"
     assert not (recipe.parent / "run" / "artifact.json").exists(), "the run went on"
     assert not packages(modules) & UNASKED
     ours = {name for name in modules if name.startswith("chatalign.")}
