@@ -75,6 +75,8 @@ def recipe(args: Any, folder: Path) -> dict[str, Any]:
     if "lora" in args.work:
         settings |= {"adapter": "lora", "lora_r": harness.LORA["r"], "lora_alpha": harness.LORA["lora_alpha"]}
         settings |= {"lora_dropout": harness.LORA["lora_dropout"], "lora_target_modules": harness.LINEARS}
+        # Triton's kernels are chosen unless refused, on a CPU too.
+        settings |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
     if stage == "dpo":
         settings |= {"rl": "dpo", "rl_beta": 0.1}
     if stage == "reward":
@@ -102,7 +104,8 @@ def probe_loss(trainer: Any) -> float:
     ]
     total = 0.0
     for batch, weight in zip(batches, weights, strict=True):
-        loss = trainer.compute_loss(trainer.model, batch) * (weight / sum(weights))
+        with trainer.accelerator.autocast():  # the model is wrapped in it only when training begins
+            loss = trainer.compute_loss(trainer.model, batch) * (weight / sum(weights))
         loss.backward()
         total += float(loss.detach())
     return total

@@ -107,16 +107,19 @@ def probe_loss(trainer: Any) -> float:
     """The mean over all supervised tokens, or pairs, of the probe rows, by the trainer's own collator and loss."""
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_eval_dataloader()]
     if STAGE == "sft":
-        targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-        losses = [trainer.compute_loss(trainer.model, batch, num_items_in_batch=targets) for batch in batches]
+        weights = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
     else:
-        pairs = [batch["input_ids"].shape[0] // 2 for batch in batches]
-        shares = [count / sum(pairs) for count in pairs]
-        losses = [
-            trainer.compute_loss(trainer.model, batch) * share for batch, share in zip(batches, shares, strict=True)
-        ]
-    sum(losses).backward()
-    return float(sum(losses))
+        weights = [batch["input_ids"].shape[0] // 2 for batch in batches]
+    total = 0.0
+    for batch, weight in zip(batches, weights, strict=True):
+        with trainer.accelerator.autocast():  # the model is wrapped in it only when training begins
+            if STAGE == "sft":
+                loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=sum(weights))
+            else:
+                loss = trainer.compute_loss(trainer.model, batch) * (weight / sum(weights))
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 class TrainingIsOver(Exception):

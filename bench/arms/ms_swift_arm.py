@@ -110,7 +110,8 @@ def probe_loss(trainer: Any) -> float:
     ]
     total = 0.0
     for batch, weight in zip(batches, weights, strict=True):
-        with trainer.template.forward_context(trainer.model, batch):
+        # The model is wrapped in autocast only when training begins.
+        with trainer.template.forward_context(trainer.model, batch), trainer.accelerator.autocast():
             inputs = trainer._prepare_inputs(batch)
             if STAGE == "sft":
                 loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=sum(weights))
