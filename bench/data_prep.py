@@ -36,7 +36,7 @@ import workload
 
 TOKENIZER = workload.CACHE / "data-prep-tokenizer"
 RESULTS = workload.ROOT / "bench" / "results" / "data_prep.jsonl"
-MAX_LENGTH, CHECKED, VOCABULARY = 2048, 100, 8192
+MAX_LENGTH, CHECKED, VOCABULARY = 8192, 100, 8192
 CURVE = (10_000, 40_000, 160_000)
 Result = dict[str, Any]
 Checked = list[tuple[list[int], list[int]]]
@@ -342,7 +342,7 @@ def _memory_part(chosen: argparse.Namespace) -> None:
     """Peak resident memory above what the imports took, by rows."""
     with RESULTS.open("a") as file:
         for rows in CURVE:
-            for arm in ("chatalign", "trl"):
+            for arm in ("chatalign", "trl") if chosen.arms is None else chosen.arms.split(","):
                 (one,) = _measure([arm], chosen, rows=rows, repeats=1, TOKENIZERS_PARALLELISM="false")
                 grown = one["peak_mb"] - one["before_mb"]
                 print(f"memory  {arm:24} {rows:8,} rows {one['peak_mb']:8,.0f} MB, {grown:6,.0f} above the imports")

@@ -29,7 +29,7 @@ ALPHABET = "".join(chr(place) for place in _PLACES if chr(place) not in "\u017f\
 _SPACE = "\t-\r \x85\xa0"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _PART = re.compile(r"\\p\{(\w+)\}|\\(.)|(.)", re.DOTALL)
-_MAX_WORDS = 1 << 18  # about 40 MB; then the memo starts anew, so that memory doesn't grow with the file
+_MAX_WORDS = 1 << 17  # about 20 MB; then the memo starts anew, so that memory doesn't grow with the file
 _NEIGHBOURS = "a Z7\n!'\xa0é…"
 
 
