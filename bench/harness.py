@@ -79,12 +79,12 @@ def install(count: Count, probe: Probe) -> Measured:
     measured = Measured()
 
     class Clock(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003  # the callback interface
+        def on_step_end(self, args, state, control, **kwargs):  # the callback interface
             mark(measured)
 
     train, training_step = transformers.Trainer.train, transformers.Trainer.training_step
 
-    def watched_train(self, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003  # the trainer's own signature
+    def watched_train(self, *args, **kwargs):  # the trainer's own signature
         self.add_callback(Clock())
         self.model.train()
         measured.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -93,7 +93,7 @@ def install(count: Count, probe: Probe) -> Measured:
         measured.memory_before_mb = rss_mb()
         return train(self, *args, **kwargs)
 
-    def watched_step(self, model, inputs, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003
+    def watched_step(self, model, inputs, *args, **kwargs):
         if len(measured.items) == len(measured.marks):
             measured.items.append(0)
         measured.items[-1] += count(inputs)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CACHE = ROOT / "bench" / ".cache"
 MAX_LENGTH = 512
-SFT_ROWS, PAIRS, PROBE_ROWS = 320, 96, 12
+SFT_ROWS, PAIRS, PROBE_ROWS = 256, 64, 12
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 # No newline after a stop token: a reply ends there for every arm, whatever it supervises after it.
 CHATML = (
@@ -45,9 +45,9 @@ SIZES = {
 }
 
 
-def model_folder(size: str) -> Path:
-    """Where a model of :data:`SIZES` lies, tokenizer and all."""
-    return CACHE / f"llama-{size}"
+def model_folder(size: str, work: str = "sft") -> Path:
+    """Where a model of :data:`SIZES` lies, tokenizer and all; for reward work, the one that has a head for scores."""
+    return CACHE / (f"llama-{size}-score" if work.startswith("reward") else f"llama-{size}")
 
 
 def rows_file(work: str) -> Path:
@@ -69,7 +69,7 @@ def make() -> str:
         texts = [text for parts in [*conversations, *pairs] for text in parts]
         tokenizers = {size: _tokenizer(texts, SIZES[size].vocabulary) for size in SIZES}
         for size, tokenizer in tokenizers.items():
-            _save_model(SIZES[size], tokenizer, model_folder(size))
+            _save_model(SIZES[size], tokenizer, size)
         _write_sft(conversations, tokenizers["3.4M"])
         _write_pairs(pairs, tokenizers["3.4M"])
         done.write_text(json.dumps({"rows": source}))
@@ -121,9 +121,12 @@ def _tokenizer(texts: list[str], vocabulary: int):  # transformers is imported w
     return tokenizer
 
 
-def _save_model(size: Size, tokenizer, folder: Path) -> None:
+def _save_model(size: Size, tokenizer, name: str) -> None:
+    """A language model, and the same with a random head for scores, so that reward arms start alike."""
+    from copy import deepcopy
+
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -139,8 +142,14 @@ def _save_model(size: Size, tokenizer, folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    scored = deepcopy(config)  # the language model's own must not say that it has labels
+    scored.num_labels = 1
+    scorer = LlamaForSequenceClassification(scored)
+    scorer.model.load_state_dict(model.model.state_dict())
+    for one, folder in ((model, model_folder(name)), (scorer, model_folder(name, "reward"))):
+        one.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _chat(prompt: str) -> list[dict[str, str]]:
@@ -161,16 +170,20 @@ def _write_sft(conversations: list[list[str]], tokenizer) -> None:
 
 
 def _write_pairs(pairs: list[list[str]], tokenizer) -> None:
-    """Pairs whose prompts average about 70 and about 240 tokens, cut from the same texts, replies of up to 200."""
-    for work, wanted in (("dpo-short", 70), ("dpo-long", 240)):
-        rows = []
-        for i, (prompt, chosen, rejected) in enumerate(pairs):
-            length = int(wanted * (0.6, 0.8, 1.0, 1.2, 1.4)[i % 5])  # a spread that the real prompts have too
-            ids = tokenizer(prompt + "\n" + " ".join(pairs[(i * 7 + 1) % len(pairs)][:1] * 4))["input_ids"][:length]
-            replies = [tokenizer.decode(tokenizer(text)["input_ids"][:200]) for text in (chosen, rejected)]
-            if len(ids) == length and replies[0] != replies[1] and min(map(len, replies)) > 8:
-                row = {"prompt": _chat(tokenizer.decode(ids)), "chosen": _reply(replies[0])}
-                rows.append(row | {"rejected": _reply(replies[1])})
+    """Pairs whose prompts come to about 70 and 240 tokens, with the replies' own lengths, uncut.
+
+    A pair that would not fit is left out, as RewardTrainer does with it, and the next reply takes its prompt's length.
+    """
+    lengths = [len(tokenizer(max(pair[1:], key=len))["input_ids"]) for pair in pairs]
+    for work, wanted in (("dpo-short", 86), ("dpo-long", 285)):
+        rows: list[dict] = []
+        for i, (prompt, *replies) in enumerate(pairs * 12):
+            length = int(wanted * (0.5, 0.8, 1.0, 1.2, 1.4)[len(rows) % 5])
+            room = MAX_LENGTH - length - 24  # the template's tokens, and what encoding a cut text again adds
+            if max(map(len, replies)) and replies[0] != replies[1] and lengths[i % len(pairs)] <= room:
+                text = " ".join([prompt, *(pairs[(i + k) % len(pairs)][0] for k in range(1, 40))])
+                cut = tokenizer.decode(tokenizer(text)["input_ids"][i % 7 : i % 7 + length])
+                rows.append({"prompt": _chat(cut), "chosen": _reply(replies[0]), "rejected": _reply(replies[1])})
         _write(work, rows, PAIRS)
 
 

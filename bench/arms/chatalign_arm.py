@@ -41,7 +41,7 @@ def recipe(folder: Path) -> dict[str, Any]:
 
 def count(inputs: dict[str, Any]) -> int:
     """Tokens, or pairs."""
-    return inputs["input_ids"].numel() if STAGE == "sft" else int(inputs["num_sequences"]) // 2
+    return int(inputs["num_tokens"]) if STAGE == "sft" else int(inputs["num_sequences"]) // 2
 
 
 def probe_loss(trainer: Any) -> float:
@@ -54,7 +54,7 @@ def probe_loss(trainer: Any) -> float:
         with trainer.accelerator.autocast():
             loss, _ = trainer.objective(trainer.model, trainer._prepare_inputs(batch), items)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total
 
 

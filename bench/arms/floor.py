@@ -84,7 +84,7 @@ def main() -> None:
     probe = pack(tokens(tokenizer, ARGS.probe))
     losses = [loss_of(model, batch, supervised(probe)) for batch in probe]
     sum(losses).backward()
-    measured.probe = {"probe_loss": float(sum(losses)), "probe_grad_norm": harness.gradient_norm(model)}
+    measured.probe = {"probe_loss": float(sum(losses).detach()), "probe_grad_norm": harness.gradient_norm(model)}
     model.zero_grad()
     optimizer = torch.optim.AdamW(trained, lr=harness.LEARNING_RATE, weight_decay=0.0, fused=True)
     batches = pack(tokens(tokenizer, ARGS.rows))

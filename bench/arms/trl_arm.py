@@ -65,9 +65,10 @@ def sft(rows: Dataset, probe: Dataset, tokenizer: Any) -> tuple[Any, Any, Any]:
     def probe_loss(trainer: Any) -> float:
         batches = [trainer._prepare_inputs(batch) for batch in trainer.get_eval_dataloader()]
         targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-        losses = [trainer.compute_loss(trainer.model, batch, num_items_in_batch=targets) for batch in batches]
+        with trainer.accelerator.autocast():  # the model is wrapped in it only when training begins
+            losses = [trainer.compute_loss(trainer.model, batch, num_items_in_batch=targets) for batch in batches]
         sum(losses).backward()
-        return float(sum(losses))
+        return float(sum(losses).detach())
 
     return trainer, count, probe_loss
 
@@ -92,9 +93,10 @@ def pairs(rows: Dataset, probe: Dataset, tokenizer: Any) -> tuple[Any, Any, Any]
         total = 0.0
         for batch in trainer.get_eval_dataloader():
             share = count(batch) / len(probe)
-            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)) * share
+            with trainer.accelerator.autocast():
+                loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)) * share
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         return total
 
     return trainer, count, probe_loss

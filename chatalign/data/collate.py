@@ -132,3 +132,20 @@ def _batch(
         "sequence_index": torch.from_numpy(sequence_index.astype(np.int64)),
         "num_sequences": torch.tensor(num_sequences, dtype=torch.int64),
     }
+
+
+def pad_to_multiple(batch: Batch, multiple: int) -> Batch:
+    """The batch with T a multiple of `multiple`: token 0 is appended as a segment of its own, which is no target.
+
+    For hardware whose kernels are made for each new T: then there are few.
+    """
+    length = batch["input_ids"].shape[1]
+    extra = -length % multiple
+    if not extra:
+        return batch
+    own = torch.tensor([[length, length + extra, 0, 0]], dtype=batch["segments"].dtype)
+    return batch | {
+        "input_ids": torch.cat((batch["input_ids"], batch["input_ids"].new_zeros(1, extra)), dim=1),
+        "position_ids": torch.cat((batch["position_ids"], torch.arange(extra).unsqueeze(0)), dim=1),
+        "segments": torch.cat((batch["segments"], own)),
+    }

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainingArguments
 
+from chatalign.data.collate import pad_to_multiple
 from chatalign.data.packing import best_fit_decreasing
 
 Row = Mapping[str, Any]
@@ -27,7 +28,7 @@ Batch = dict[str, Any]
 Collate = Callable[[Sequence[Row]], Batch]
 
 # On the host: read by the attention's plan, or by Python.
-HOST_KEYS = frozenset({"segments", "num_sequences", "filler"})
+HOST_KEYS = frozenset({"segments", "num_sequences", "num_tokens", "filler"})
 
 
 @dataclass(frozen=True)
@@ -111,30 +112,43 @@ class BinLoader(DataLoader[Item]):
 
 @dataclass(frozen=True)
 class CollateItems:
-    """Items to one flat batch, with ``filler`` (bool) beside the tensors. A class, so that workers can unpickle it."""
+    """Items to one flat batch of a multiple of `multiple` tokens, with ``filler`` (bool) and ``num_tokens`` beside.
+
+    ``num_tokens`` are the rows' own, without padding. A class, so that workers can unpickle it.
+    """
 
     collate: Collate
+    multiple: int = 1
 
     def __call__(self, items: Sequence[Item]) -> Batch:
-        batch = self.collate([row for item in items for row in item.rows])
-        batch["filler"] = items[0].filler
-        return batch
+        rows = self.collate([row for item in items for row in item.rows])
+        padded: Batch = dict(pad_to_multiple(rows, self.multiple))
+        padded["filler"], padded["num_tokens"] = items[0].filler, rows["input_ids"].numel()
+        return padded
 
 
 def make_loader(
-    bins: Bins, collate: Collate, *, batch_size: int, seed: int | None, args: TrainingArguments
+    bins: Bins, collate: Collate, *, batch_size: int, seed: int | None, args: TrainingArguments, multiple: int = 1
 ) -> BinLoader:
-    """This process's micro-batches of `bins`, shuffled by `seed` and epoch, or in their order where it is None."""
+    """This process's micro-batches of `bins`, shuffled by `seed` and epoch, or in their order where it is None.
+
+    Each is padded to a multiple of `multiple` tokens.
+    """
     sampler = BinSampler(
         len(bins), batch_size=batch_size, seed=seed, rank=args.process_index, world_size=args.world_size
     )
     return BinLoader(
         bins,
         batch_sampler=sampler,
-        collate_fn=CollateItems(collate),
+        collate_fn=CollateItems(collate, multiple),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.device.type == "cuda",
     )
+
+
+def count_tokens(batch: Batch) -> int:
+    """The rows' own tokens of a micro-batch, without what it was padded with."""
+    return int(batch.get("num_tokens", batch["input_ids"].numel()))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

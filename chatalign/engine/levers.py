@@ -1,8 +1,8 @@
 """What a run uses of the machine it is on: the recipe's word where it gives one, else what the hardware has.
 
 On a GPU with bfloat16 arithmetic: mixed precision (``train.bf16``), TensorFloat-32 for what stays in float32 beside
-it, and Liger's kernels where they are installed. On a CPU: none of these. Each is a key of the recipe, and what a run
-used is in its artifact and report.
+it, and Liger's kernels where they are installed. On a CPU: layers with fused norms, rotary embedding, gated units and
+LoRA products. Each is a key of the recipe, and what a run used is in its artifact and report.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ KEYS = frozenset(
         "torch_compile",
         "use_liger_kernel",
         "liger_kernel_config",
+        "fused_layers",
         "activation_offloading",
         "gradient_checkpointing",
     }
@@ -49,6 +50,7 @@ class Levers:
     bf16: bool
     tf32: bool | None
     liger: dict[str, bool] | None
+    fused: bool
     compile: bool
     offload: bool
     checkpointing: bool | Literal["auto"]
@@ -96,6 +98,8 @@ def choose(recipe: StageRecipe, machine: Hardware) -> Levers:
         # Who asks for float32 alone gets float32.
         tf32=(machine.device == "cuda" and bf16 and machine.bf16) or None if train.tf32 is None else train.tf32,
         liger={**LIGER_LOSSES, **(train.liger_kernel_config or {})} if liger else None,
+        # Compiled layers are fused already.
+        fused=machine.device == "cpu" and not train.torch_compile if train.fused_layers is None else train.fused_layers,
         compile=train.torch_compile,
         offload=train.activation_offloading,
         checkpointing=train.gradient_checkpointing,
@@ -127,6 +131,7 @@ def described(
         for name, used in (
             ("tf32", levers.tf32),
             ("Liger kernels", levers.liger is not None),
+            ("fused layers", levers.fused),
             ("compiled layers", levers.compile),
             ("activations offloaded", levers.offload),
         )

@@ -26,12 +26,15 @@ from chatalign.maths import logprobs
 # Below this many bytes of fp32 logits the plain head is as fast (measured on a CPU) and its memory does not matter.
 _PLAIN_LOGITS_BYTES = 32 * 2**20
 _CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+# A CPU's bf16 kernels are compiled for each new shape: 1.5 × the time of a step's products (measured, AMX).
+HALF_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
 class _Request:
     targets: Tensor
     temperature: float
+    entropy: bool
     entropy_grad: bool
     chunk: int
 
@@ -51,6 +54,7 @@ def _output_layer_forward(layer: nn.Linear, hidden: Tensor) -> Tensor:
         request.targets,
         request.chunk,
         request.temperature,
+        entropy=request.entropy,
         entropy_grad=request.entropy_grad,
     )
     return torch.stack((logps_K, entropy_K), dim=-1).unsqueeze(0)
@@ -98,11 +102,29 @@ def token_logprobs(
 
     `model` is the model as it is trained, wrappers and all. The entropy carries a gradient with `entropy_grad`.
     """
+    targets, kept = batch["targets"], batch["predict_positions"]
+    extra = -len(kept) % HALF_MULTIPLE if kept.device.type == "cpu" and torch.is_autocast_enabled("cpu") else 0
+    if extra and len(kept):
+        padded = {"targets": _repeat_last(targets, extra), "predict_positions": _repeat_last(kept, extra)}
+        logps_K, entropy_K = _token_logprobs(model, batch | padded, temperature, entropy, entropy_grad)
+        return logps_K[:-extra], None if entropy_K is None else entropy_K[:-extra]
+    return _token_logprobs(model, batch, temperature, entropy, entropy_grad)
+
+
+def _repeat_last(values_K: Tensor, extra: int) -> Tensor:
+    return torch.cat((values_K, values_K[-1:].expand(extra)))
+
+
+def _token_logprobs(
+    model: nn.Module, batch: dict[str, Any], temperature: float, entropy: bool, entropy_grad: bool
+) -> tuple[Tensor, Tensor | None]:
     inputs = segment_inputs(batch)
     targets, kept = batch["targets"], batch["predict_positions"]
     chunk = _chunk_tokens(model, targets)
     if chunk:
-        request = _Request(targets=targets, temperature=temperature, entropy_grad=entropy_grad, chunk=chunk)
+        request = _Request(
+            targets=targets, temperature=temperature, entropy=entropy, entropy_grad=entropy_grad, chunk=chunk
+        )
         with _asking(request):
             both_K2 = model(**inputs, logits_to_keep=kept).logits[0]
         logps_K, entropy_K = both_K2.unbind(-1)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from chatalign.engine.batching import Bins, row_lengths
+from chatalign.engine.fused_layers import fuse_layers
 from chatalign.engine.isolation import enable_segments, unwrapped
 from chatalign.engine.layers import apply_liger, checkpoint_layers, compile_layers, decoder_layers
 from chatalign.engine.levers import Levers, described
@@ -35,6 +36,8 @@ def set_up(
     `beside` are other models that share the device's memory. Raises ModelError where the model can't do it.
     """
     levers = with_kernels(model, recipe, levers)
+    if levers.fused:
+        fuse_layers(model)
     attention = enable_segments(model, recipe.model.attention)
     layers = len(decoder_layers(model))
     checkpointed = layers if levers.checkpointing is True else 0
@@ -58,6 +61,8 @@ def set_up(
 def set_up_reference(model: nn.Module, recipe: StageRecipe, levers: Levers) -> None:
     """Prepare a frozen twin as the policy is, under the caller's autocast, so that the two round alike."""
     with_kernels(model, recipe, levers)
+    if levers.fused:
+        fuse_layers(model)
     enable_segments(model, recipe.model.attention)
     enable_chunked_head(model)
     if levers.compile:

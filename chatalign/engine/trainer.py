@@ -22,12 +22,15 @@ from chatalign.engine.batching import (
     BinLoader,
     Bins,
     Collate,
+    count_tokens,
     make_bins,
     make_loader,
     row_lengths,
     to_device,
 )
+from chatalign.engine.isolation import computes_in_half
 from chatalign.engine.levers import choose, hardware
+from chatalign.engine.loss_head import HALF_MULTIPLE
 from chatalign.engine.metrics import MetricSums, Stopwatch
 from chatalign.engine.model_setup import set_up
 from chatalign.engine.offloading import OffloadedActivations
@@ -76,6 +79,8 @@ class StageTrainer(SealedTrainer):
         assert isinstance(self.train_dataset, Bins)
         with self.accelerator.autocast():  # checked on the device and in the precision that it trains in
             self.ran_with = set_up(model, recipe, self.levers, args, rows=self.train_dataset, beside=self.beside())
+            half = computes_in_half(model)
+        self.multiple = HALF_MULTIPLE if half and args.device.type == "cpu" else 1
         self._saving: AbstractContextManager[Any] = (
             OffloadedActivations(model) if self.levers.offload else nullcontext()
         )
@@ -128,7 +133,7 @@ class StageTrainer(SealedTrainer):
         return self._loader(bins, self.args.per_device_eval_batch_size, None)
 
     def _loader(self, bins: Bins, batch_size: int, seed: int | None) -> BinLoader:
-        return make_loader(bins, self.collate, batch_size=batch_size, seed=seed, args=self.args)
+        return make_loader(bins, self.collate, batch_size=batch_size, seed=seed, args=self.args, multiple=self.multiple)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         return to_device(inputs, self.args.device)
@@ -154,7 +159,7 @@ class StageTrainer(SealedTrainer):
         with self._saving:
             loss, metrics = self.objective(model, inputs, num_items_in_batch)
         self.metric_sums.add(metrics, filler=filler)
-        self._tokens += 0 if filler else inputs["input_ids"].numel()
+        self._tokens += 0 if filler else count_tokens(inputs)
         self._watch(loss, "loss")
         return loss * (0 if filler else self.args.world_size)
 
@@ -181,7 +186,7 @@ class StageTrainer(SealedTrainer):
         """6 × parameters × tokens; the count of parameters is kept, transformers walks the modules at each step."""
         if not hasattr(self, "_parameters"):
             self._parameters = sum(int(p.numel()) for p in self.model.parameters())
-        return 6 * self._parameters * inputs["input_ids"].numel()
+        return 6 * self._parameters * count_tokens(inputs)
 
     # Logs
 

