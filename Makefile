@@ -5,7 +5,7 @@ THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY = 1
 export OMP_NUM_THREADS = $(THREADS)
 
-.PHONY: setup quickstart check test test-fast pocket-data pocket-base pocket-study clean
+.PHONY: setup quickstart check test test-fast bench bench-peers pocket-data pocket-base pocket-study clean
 
 setup: $(VENV)/.installed  ## a virtual environment with chatalign and everything its tests use
 
@@ -30,6 +30,17 @@ test: setup  ## everything that CI runs, two processes of one thread each
 
 test-fast: setup  ## without what takes more than a few seconds
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+bench-peers: setup  ## each peer in an environment of its own, under bench/.venvs (about 14 GB)
+	$(BIN)/python bench/peers.py
+
+bench: bench-peers  ## chatalign beside its peers on this machine: hours, and bench/RESULTS.md; see bench/README.md
+	rm -rf bench/results
+	$(BIN)/python bench/run.py --sizes 3.4M 7M 25M
+	$(BIN)/python bench/data_prep.py
+	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/scaling.py
+	$(BIN)/python bench/report.py
 
 pocket-data: setup  ## make data/pocket again, from its script
 	$(BIN)/python data/pocket/make_pocket.py

@@ -70,7 +70,8 @@ def _softmax_chunk(scaled_CV: Tensor, targets_C: Tensor, *, entropy: bool) -> tu
 
 def _logprobs_chunk(scaled_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets and log-normalisers, each (C,), in one fused pass: without the entropy."""
-    logps_C = -cross_entropy(scaled_CV, targets_C, reduction="none")
+    # Out of range a target raises; the default would pass over −100.
+    logps_C = -cross_entropy(scaled_CV, targets_C, reduction="none", ignore_index=torch.iinfo(torch.int64).min)
     return logps_C, scaled_CV.gather(-1, targets_C[:, None]).squeeze(-1) - logps_C
 
 

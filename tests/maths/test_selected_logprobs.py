@@ -72,3 +72,13 @@ def test_the_logits_are_left_as_they_are() -> None:
     before = logits.clone()
     selected_logprobs(logits, torch.zeros(3, dtype=torch.long), 0.5)
     assert torch.equal(logits, before)
+
+
+def test_a_target_that_masks_elsewhere_is_refused() -> None:
+    with pytest.raises(IndexError):
+        selected_logprobs(torch.zeros(2, 5), torch.tensor([1, -100]))
+
+
+def test_one_token_without_leading_dimensions() -> None:
+    logp = selected_logprobs(torch.zeros(5), torch.tensor(3))
+    assert logp.shape == () and logp.item() == pytest.approx(-math.log(5))

@@ -1,0 +1,219 @@
+"""Raw results to what a person reads: ``python bench/report.py`` writes bench/RESULTS.md and bench/results.png.
+
+Ratios are taken within a turn (ours and the peer's run that followed each other), then their median, with the smallest
+and the largest beside it. The best peer arm is the fastest by median, whatever its precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import workload
+
+ROOT = workload.ROOT
+RAW = ROOT / "bench" / "results"
+NOTES = ROOT / "bench" / "NOTES.md"
+Result = dict[str, Any]
+OURS, FLOOR = "chatalign", "floor"
+# Work: (bar, goal) against the best peer arm, speed; and the bar of peak memory.
+BARS = {
+    "sft": (1.3, 1.6),
+    "sft-lora": (1.3, 1.5),
+    "dpo-short": (3.0, 4.5),
+    "dpo-long": (3.0, 4.5),
+    "reward-short": (2.2, 3.0),
+    "reward-long": (2.2, 3.0),
+}
+MEMORY_BARS = {"sft": 0.8, "sft-lora": 1.0, "dpo-short": 0.6, "dpo-long": 0.6, "reward-short": 1.0, "reward-long": 1.0}
+
+
+def read(name: str) -> list[Result]:
+    """The lines of one raw file; none where it wasn't measured."""
+    file = RAW / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results of one work and size by arm, turns in order."""
+    arms = defaultdict(list)
+    for result in sorted(results, key=lambda r: r["repeat"]):
+        arms[result["arm"]].append(result)
+    return dict(arms)
+
+
+def speed(results: Sequence[Result]) -> float:
+    """The median of items a CPU second."""
+    return median(r["items_per_cpu_s"] for r in results)
+
+
+def best(arms: dict[str, list[Result]], *, ours: bool) -> str | None:
+    """The fastest of our arms, or of the peers'."""
+    found = [name for name in arms if name.startswith(OURS) == ours and not name.startswith(FLOOR)]
+    return max(found, key=lambda name: speed(arms[name]), default=None)
+
+
+def ratios(ours: Sequence[Result], theirs: Sequence[Result]) -> list[float]:
+    """Ours over theirs, turn by turn."""
+    them = {r["repeat"]: r["items_per_cpu_s"] for r in theirs}
+    return [r["items_per_cpu_s"] / them[r["repeat"]] for r in ours if r["repeat"] in them]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, and smallest to largest."""
+    if not values:
+        return "–"
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def training_tables(results: Sequence[Result]) -> list[str]:
+    """The table of bars, and one table a work with all its arms."""
+    groups = defaultdict(list)
+    for result in results:
+        groups[result["work"], result["model"]].append(result)
+    head = [
+        "| work | model | best arms | speed: ours / peer | bar, goal | over the floor | memory: ours / peer | bar |"
+    ]
+    head.append("|---|---|---|---|---|---|---|---|")
+    tables: list[str] = []
+    order = {work: i for i, work in enumerate(BARS)}
+    for (work, size), group in sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1])):
+        arms = by_arm(group)
+        ours, peer = best(arms, ours=True), best(arms, ours=False)
+        if ours is None or peer is None:
+            continue
+        floors = [name for name in arms if name.startswith(FLOOR)]
+        floor = max(floors, key=lambda name: speed(arms[name]), default=None)
+        bar, goal = BARS[work]
+        memory = median(r["peak_mb"] for r in arms[ours]) / median(r["peak_mb"] for r in arms[peer])
+        over = spread(ratios(arms[ours], arms[floor])) if floor else "–"
+        head.append(
+            f"| {work} | {size} | {ours} / {peer} | {spread(ratios(arms[ours], arms[peer]))} × | ≥ {bar}, {goal} "
+            f"| {over} | {memory:.2f} | ≤ {MEMORY_BARS[work]} |"
+        )
+        tables += arms_table(work, size, arms)
+    return [*head, *tables]
+
+
+def arms_table(work: str, size: str, arms: dict[str, list[Result]]) -> list[str]:
+    """Every arm of a work: speed, memory, and the loss and gradient norm on the probe rows."""
+    unit = "tokens" if work.startswith("sft") else "pairs"
+    lines = ["", f"### {work}, {size}", "", f"| arm | {unit} a CPU second | peak MB | probe loss | gradient norm | n |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name in sorted(arms, key=lambda name: -speed(arms[name])):
+        runs = arms[name]
+        memory = median(r["peak_mb"] for r in runs)
+        digits = 0 if unit == "tokens" else 1
+        lines.append(
+            f"| {name} | {spread([r['items_per_cpu_s'] for r in runs], digits)} | {memory:.0f} "
+            f"| {runs[0]['probe_loss']:.5f} | {runs[0]['probe_grad_norm']:.4f} | {len(runs)} |"
+        )
+    return lines
+
+
+def metric_table(results: Sequence[Result]) -> list[str]:
+    """Arm by metric, the median and spread of what was measured."""
+    cells = defaultdict(list)
+    for r in results:
+        cells[r["bench"], r["arm"], r["metric"], r.get("unit", "")].append(float(r["value"]))
+    lines = ["| bench | arm | metric | median (smallest–largest) | n |", "|---|---|---|---|---|"]
+    for (bench, arm, metric, unit), values in cells.items():
+        digits = 3 if unit == "s" else 0
+        lines.append(f"| {bench} | {arm} | {metric} | {spread(values, digits)} {unit} | {len(values)} |")
+    return lines
+
+
+def machine() -> list[str]:
+    """What it ran on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        model = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x), model)
+    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    wide = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    return [f"{model}, {os.cpu_count()} cores ({', '.join(wide) or 'no wide vectors'}), {platform.system()}"]
+
+
+def versions(results: Sequence[Result]) -> list[str]:
+    """Of each arm, as it reported them."""
+    seen = {}
+    for r in results:
+        who = r["arm"].rsplit("-", 2)[0]
+        seen[who] = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
+    return [f"- {who}: {what}" for who, what in sorted(seen.items())]
+
+
+def peers_that_are_not_here() -> list[str]:
+    """Peers that `bench/peers.py` could not install or import, with its reason."""
+    found = []
+    for record in sorted((ROOT / "bench" / ".venvs").glob("*/peer.json")):
+        peer = json.loads(record.read_text())
+        if peer.get("reason"):
+            found.append(f"- {peer['recipe']['requirement']}: {peer['reason']}")
+    return found
+
+
+def plot(results: Sequence[Result], file: Path) -> None:
+    """Speed of every arm over the best peer arm's, a panel a work."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = defaultdict(list)
+    for r in results:
+        groups[r["work"], r["model"]].append(r)
+    panels = sorted(groups)
+    figure, axes = plt.subplots(-(-len(panels) // 3), min(3, len(panels)), figsize=(15, 3.4 * -(-len(panels) // 3)))
+    for axis, key in zip(getattr(axes, "flat", [axes]), panels, strict=False):
+        arms = by_arm(groups[key])
+        peer = best(arms, ours=False)
+        if peer is None:
+            continue
+        names = sorted(arms, key=lambda name: speed(arms[name]))
+        values = [speed(arms[name]) / speed(arms[peer]) for name in names]
+        colours = ["#d95f02" if n.startswith(OURS) else "#999999" if n.startswith(FLOOR) else "#7570b3" for n in names]
+        axis.barh(names, values, color=colours)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.axvline(BARS[key[0]][0], color="#d95f02", linewidth=0.8, linestyle="--")
+        axis.set_title(f"{key[0]}, {key[1]}: × the best peer arm (dashed: the bar)", fontsize=9)
+        axis.tick_params(labelsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    """Write both files from what was measured so far."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    training = read("training")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    lines = ["# What was measured", "", f"{date.today()}, commit {commit.stdout.strip()}. {machine()[0]}.", ""]
+    lines += [NOTES.read_text().strip(), ""] if NOTES.is_file() else []
+    if training:
+        plot(training, ROOT / "bench" / "results.png")
+        lines += ["## Training, one thread, process CPU time", "", f"Rows: {training[-1]['rows']}.", ""]
+        lines += training_tables(training)
+        lines += ["", "![Speed of every arm over the best peer's](results.png)", ""]
+    for name, title in (("data_prep", "Data preparation"), ("startup", "Start-up and chains")):
+        if found := read(name):
+            lines += [f"## {title}", "", *metric_table(found), ""]
+    if (ROOT / "bench" / "scaling.png").is_file():
+        lines += ["## How cost grows", "", "![Cost against rows, length, vocabulary, size, processes](scaling.png)", ""]
+    lines += ["## Versions", "", *versions(training), "", "Not measured, since they don't run here:", ""]
+    lines += peers_that_are_not_here() or ["- none"]
+    (ROOT / "bench" / "RESULTS.md").write_text("\n".join(lines).rstrip() + "\n")
+    print("bench/RESULTS.md", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
