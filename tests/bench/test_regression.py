@@ -155,7 +155,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Step]:
 
 # Recorded with torch 2.13 and transformers 5.23. Where those moved and nothing here did, record again.
 @pytest.mark.parametrize(
-    ("work", "operators", "waits"), [("sft", 419, 2), ("lora", 477, 2), ("dpo", 883, 5)], ids=lambda value: str(value)
+    ("work", "operators", "waits"), [("sft", 295, 2), ("lora", 353, 2), ("dpo", 619, 5)], ids=lambda value: str(value)
 )
 def test_operators_of_a_step(steps: dict[str, Step], work: str, operators: int, waits: int) -> None:
     found = steps[work]
@@ -226,7 +226,7 @@ def test_fused_layers_keep_less_for_the_backward_pass() -> None:
     batch = dict(collate_lm(documents((90, 60, 40), VOCABULARY)))
     # The fused one first: its rotary embedding stays for the other, as it would after any other test.
     fused, plain = (kept_bytes(set_up(make_llama(VOCABULARY), fused=way), batch) for way in (True, False))
-    assert 0 < fused <= 0.784 * MARGIN * plain, f"{fused / plain:.3f} of what plain layers keep, and was 0.784"
+    assert 0 < fused <= 0.794 * MARGIN * plain, f"{fused / plain:.3f} of what plain layers keep, and was 0.794"
     assert fused <= 844_540 * MARGIN, f"{fused} bytes are kept for 190 tokens, and were 844,540"
 
 
