@@ -81,4 +81,5 @@ def test_a_target_that_masks_elsewhere_is_refused() -> None:
 
 def test_one_token_without_leading_dimensions() -> None:
     logp = selected_logprobs(torch.zeros(5), torch.tensor(3))
-    assert logp.shape == () and logp.item() == pytest.approx(-math.log(5))
+    assert logp.shape == ()
+    assert logp.item() == pytest.approx(-math.log(5))
