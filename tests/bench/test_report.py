@@ -1,0 +1,86 @@
+"""What bench/run.py and bench/report.py say of results: parity, ratios within a turn, the best peer arm."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench(request):
+    sys.path.insert(0, str(BENCH))
+    modules = {}
+    for name in ("run", "report"):
+        spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+        modules[name] = importlib.util.module_from_spec(spec)
+        sys.modules[f"bench_{name}"] = modules[name]  # dataclasses look their module up
+        spec.loader.exec_module(modules[name])
+    yield modules
+    sys.path.remove(str(BENCH))
+    for name in ("bench_run", "bench_report", "workload"):
+        sys.modules.pop(name, None)
+
+
+def result(arm: str, speed: float, *, repeat: int = 0, loss: float = 2.0, memory: float = 100.0) -> dict:
+    dtype = arm.rsplit("-", 1)[1]
+    return {
+        "arm": arm,
+        "work": "sft",
+        "model": "7M",
+        "dtype": dtype,
+        "repeat": repeat,
+        "items_per_cpu_s": speed,
+        "peak_mb": memory,
+        "probe_loss": loss,
+        "probe_grad_norm": 1.0,
+        "rows": "made",
+        "versions": {"torch": "2.13.0"},
+    }
+
+
+def test_ratios_are_taken_within_a_turn(bench):
+    ours = [result("chatalign-default-float32", 30, repeat=0), result("chatalign-default-float32", 10, repeat=1)]
+    theirs = [result("trl-tuned-float32", 10, repeat=0), result("trl-tuned-float32", 5, repeat=1)]
+    assert bench["report"].ratios(ours, theirs) == [3.0, 2.0]
+    assert bench["report"].spread([3.0, 2.0]) == "2.50 (2.00–3.00)"
+
+
+def test_the_best_peer_is_the_fastest_and_never_the_floor_or_us(bench):
+    results = [
+        result("chatalign-default-float32", 50),
+        result("floor-default-float32", 40),
+        result("trl-tuned-bfloat16", 20),
+        result("llamafactory-tuned-float32", 25),
+    ]
+    arms = bench["report"].by_arm(results)
+    assert bench["report"].best(arms, ours=False) == "llamafactory-tuned-float32"
+    assert bench["report"].best(arms, ours=True) == "chatalign-default-float32"
+    row = bench["report"].training_tables(results)[2]
+    assert "| 2.00 (2.00–2.00) × | ≥ 1.3, 1.6 | 1.25 (1.25–1.25) | 1.00 | ≤ 0.8 |" in row
+
+
+@pytest.mark.parametrize(("off", "named"), [(5e-5, False), (2e-4, True)])
+def test_an_arm_with_another_loss_is_named(bench, off, named):
+    results = [result("chatalign-default-float32", 1), result("trl-tuned-float32", 1, loss=2.0 + off)]
+    found = bench["run"].check_parity(results)
+    assert bool(found) == named
+    assert all("trl-tuned-float32" in line for line in found)
+
+
+def test_bf16_is_held_to_bf16(bench):
+    results = [
+        result("chatalign-default-float32", 1),
+        result("chatalign-default-bfloat16", 1, loss=2.001),
+        result("trl-tuned-bfloat16", 1, loss=2.002),
+        result("trl-default-bfloat16", 1, loss=2.01),
+    ]
+    assert [line.split()[0] for line in bench["run"].check_parity(results)] == ["trl-default-bfloat16"]
+
+
+def test_an_arm_without_its_environment_is_left_out(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench["run"], "VENVS", tmp_path)
+    names = {arm.name for arm in bench["run"].arms_of("sft")}
+    assert names == {f"{who}-default-{dtype}" for who in ("chatalign", "floor") for dtype in ("float32", "bfloat16")}
