@@ -120,7 +120,7 @@ def finish(measured: Measured, args: argparse.Namespace, arm: str, versions: lis
     result = {
         "arm": arm,
         "work": args.work,
-        "model": Path(args.model).name.removeprefix("llama-"),
+        "model": Path(args.model).name.removeprefix("llama-").removesuffix("-score"),
         "dtype": args.dtype,
         "threads": int(os.environ.get("OMP_NUM_THREADS", "0")),
         "steps": steps,

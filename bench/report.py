@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -133,7 +132,7 @@ def metric_table(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def machine() -> list[str]:
+def machine() -> str:
     """What it ran on."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -141,7 +140,7 @@ def machine() -> list[str]:
         model = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x), model)
     flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
     wide = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    return [f"{model}, {os.cpu_count()} cores ({', '.join(wide) or 'no wide vectors'}), {platform.system()}"]
+    return f"{model}, {os.cpu_count()} cores ({', '.join(wide) or 'no wide vectors'}), {platform.system()}"
 
 
 def versions(results: Sequence[Result]) -> list[str]:
@@ -196,12 +195,17 @@ def main() -> None:
     """Write both files from what was measured so far."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     training = read("training")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    lines = ["# What was measured", "", f"{date.today()}, commit {commit.stdout.strip()}. {machine()[0]}.", ""]
+    lines = ["# What was measured", "", f"{date.today()}. {machine()}.", ""]
     lines += [NOTES.read_text().strip(), ""] if NOTES.is_file() else []
     if training:
         plot(training, ROOT / "bench" / "results.png")
-        lines += ["## Training, one thread, process CPU time", "", f"Rows: {training[-1]['rows']}.", ""]
+        commits = ", ".join(sorted({r["commit"] for r in training}))
+        lines += [
+            "## Training, one thread, process CPU time",
+            "",
+            f"Rows: {training[-1]['rows']}; commit {commits}.",
+            "",
+        ]
         lines += training_tables(training)
         lines += ["", "![Speed of every arm over the best peer's](results.png)", ""]
     for name, title in (("data_prep", "Data preparation"), ("startup", "Start-up and chains")):

@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     source = workload.make()
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = args.out.with_suffix(f".{os.getpid()}.line")
     different: list[str] = []
@@ -127,7 +129,7 @@ def main() -> None:
                     result = run(arm, work, size, scratch, args.core)
                     if result is None:
                         continue
-                    result |= {"bench": "training", "repeat": repeat, "rows": source, "at": time.time()}
+                    result |= {"repeat": repeat, "rows": source, "at": time.time(), "commit": commit}
                     results.append(result)
                     with args.out.open("a") as file:
                         file.write(json.dumps(result) + "\n")
