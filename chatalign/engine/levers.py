@@ -85,7 +85,7 @@ def choose(recipe: StageRecipe, machine: Hardware) -> Levers:
     Raises RecipeError for one that this machine can't pull, DependencyError for a package that isn't installed.
     """
     train = recipe.train
-    _require_gpu(recipe, machine)
+    _require_device(recipe, machine)
     bf16 = machine.bf16 and not train.fp16 if train.bf16 is None else train.bf16
     liger = train.use_liger_kernel
     if liger and not machine.liger:
@@ -106,7 +106,9 @@ def choose(recipe: StageRecipe, machine: Hardware) -> Levers:
     )
 
 
-def _require_gpu(recipe: StageRecipe, machine: Hardware) -> None:
+def _require_device(recipe: StageRecipe, machine: Hardware) -> None:
+    if machine.device != "cpu" and recipe.train.fused_layers:
+        raise RecipeError("`train.fused_layers: true` is for a CPU; leave it out, a GPU takes `train.use_liger_kernel`")
     if machine.device == "cuda":
         return
     wanted = {

@@ -59,6 +59,8 @@ class StageRecipe(Section):
                 raise ValueError("`train.gradient_checkpointing: auto` is the native engine's; give TRL true or false")
             if self.model.attention != "auto":
                 raise ValueError("`model.attention` is the native engine's; leave it out where TRL trains")
+            if self.train.fused_layers:
+                raise ValueError("`train.fused_layers` is the native engine's; leave it out where TRL trains")
             return self
         for name, given in (train.liger_kernel_config or {}).items():
             if given and name.endswith("cross_entropy"):

@@ -25,6 +25,7 @@ from chatalign.engine.model_setup import largest_batch, with_kernels
 from chatalign.engine.offloading import OffloadedActivations
 from chatalign.engine.stage import argument_values
 from chatalign.errors import DependencyError, ModelError, RecipeError
+from chatalign.recipe import SftRecipe
 from engine.stand_ins import VOCABULARY, lm_rows, make_run, make_trainer, sft_recipe, weights
 
 CPU, H100 = Hardware(device="cpu"), Hardware(device="cuda", bf16=True)
@@ -66,6 +67,15 @@ def test_a_kernel_of_a_gpu_is_refused_without_one(tmp_path: Path) -> None:
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": "flex"})})
     with pytest.raises(RecipeError, match=r"model\.attention: flex` needs"):
         choose(recipe, CPU)
+
+
+def test_fused_layers_are_refused_where_they_would_not_run(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.fused_layers: true` is for a CPU"):
+        chosen(H100, tmp_path, fused_layers=True)
+    assert not chosen(H100, tmp_path).fused
+    recipe = {"stage": "sft", "output_dir": "run", "data": {"datasets": [{"path": "rows.jsonl"}]}, "engine": "trl"}
+    with pytest.raises(ValueError, match=r"`train\.fused_layers` is the native engine's"):
+        SftRecipe.model_validate(recipe | {"train": {"fused_layers": True}})
 
 
 def test_liger_that_is_not_installed_is_refused(tmp_path: Path) -> None:
