@@ -6,22 +6,22 @@ stage's words in any case.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-STAGE_COMMANDS = ("pretrain", "sft", "reward", "dpo", "ppo", "kto", "eval")
+from chatalign.recipe.schema import SCHEMA_NAMES, STAGE_NAMES, schema_text
 
 
 def launch_stage(stage: str, words: Sequence[str]) -> NoReturn:
     """``RECIPE [key=value ...] [--force] [--traceback]`` of one stage; ends the process."""
     from chatalign.launch import stage_main
 
-    gc.enable()
-
     def run(recipe: Any) -> Any:
+        gc.enable()
         from chatalign.pipeline import run_stage
 
         return run_stage(recipe)
@@ -31,28 +31,23 @@ def launch_stage(stage: str, words: Sequence[str]) -> NoReturn:
 
 def print_schema(stage: str) -> None:
     """Print the JSON Schema of a stage's recipe, or of a pipeline; exit status 2 for a stage that there isn't."""
-    import json
-
-    from chatalign.recipe import STAGES, PipelineRecipe
-
-    classes: dict[str, Any] = {**STAGES, "pipeline": PipelineRecipe}
-    if stage not in classes:
-        print(f"chatalign: `{stage}` is not a stage; give one of {', '.join(classes)}", file=sys.stderr)
+    if stage not in SCHEMA_NAMES:
+        print(f"chatalign: `{stage}` is not a stage; give one of {', '.join(SCHEMA_NAMES)}", file=sys.stderr)
         raise SystemExit(2)
-    print(json.dumps(classes[stage].model_json_schema(), indent=2))
+    print(schema_text(stage), end="")
 
 
 def main() -> None:
     """The ``chatalign`` command."""
     gc.disable()  # until what a command needs is imported: imports make objects and no garbage
+    atexit.register(gc.freeze)  # or the process's end would look through all modules once more
     # pydantic reads every installed package's metadata in search of plugins; none has a say in recipes.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     command, words = next(iter(sys.argv[1:]), ""), sys.argv[2:]
-    if command in STAGE_COMMANDS and "--help" not in words:
+    if command in STAGE_NAMES and "--help" not in words:
         launch_stage(command, words)
     if command == "schema" and not words[1:] and not any(word.startswith("-") for word in words):
         print_schema(*words or ["sft"])
-        gc.enable()
         return
     from chatalign.commands import app
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from chatalign.errors import ChatalignError, HubError, Interrupted
 from chatalign.phases import LOOPS, account, open_account, overhead, phase
-from chatalign.recipe import Recipe, load_recipe, parse_overrides
+from chatalign.recipe import load_recipe, parse_overrides
 
 if TYPE_CHECKING:
     from chatalign.artifact import Artifact
+    from chatalign.recipe import Recipe
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130

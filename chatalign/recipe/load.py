@@ -2,6 +2,7 @@
 
 YAML is safe-loaded; nothing in a recipe is executed. ``extends:`` takes another recipe as its base, relative to
 the file that names it. Paths inside recipes are relative to the working directory, as in Hugging Face's scripts.
+Keys are checked first, by the shipped schema; the recipe's classes, and pydantic with them, are imported for values.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import BaseModel, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from chatalign.errors import RecipeError
-from chatalign.recipe.sections import Section
-from chatalign.recipe.stages import STAGES, PipelineRecipe, Recipe
+from chatalign.recipe.schema import STAGE_NAMES, Keys, UnknownKey
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from chatalign.recipe.sections import Section
+    from chatalign.recipe.stages import PipelineRecipe, Recipe
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -122,12 +126,15 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, *,
 def validate_stage(raw: Mapping[str, Any], *, where: str, stage: str | None = None) -> Recipe:
     """Validate a raw mapping as the recipe of its ``stage``; `where` names its origin in errors."""
     named = raw.get("stage")
-    if named not in STAGES:
-        near = difflib.get_close_matches(str(named), list(STAGES), n=1)
-        hint = f"; did you mean `{near[0]}`?" if near else f"; give one of {', '.join(STAGES)}"
+    if named not in STAGE_NAMES:
+        near = difflib.get_close_matches(str(named), STAGE_NAMES, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else f"; give one of {', '.join(STAGE_NAMES)}"
         raise RecipeError(f"{where}: `stage: {named}` is not a stage{hint}")
     if stage is not None and named != stage:
         raise RecipeError(f"{where}: this is a {named} recipe; run it with `chatalign {named} {where}`")
+    _refuse_unknown_keys(named, raw, where)
+    from chatalign.recipe.stages import STAGES
+
     return _validate(STAGES[named], raw, where)  # type: ignore[return-value]
 
 
@@ -143,6 +150,9 @@ def load_pipeline(path: str | Path, overrides: Mapping[str, Any] | None = None) 
             stages[first].setdefault("overrides", {})[rest] = value
         else:
             raw = apply_overrides(raw, {dotted: value})
+    _refuse_unknown_keys("pipeline", raw, str(path))
+    from chatalign.recipe.stages import PipelineRecipe
+
     recipe = _validate(PipelineRecipe, raw, str(path))
     assert isinstance(recipe, PipelineRecipe)
     _check_chain(recipe, str(path))
@@ -164,21 +174,45 @@ def _check_chain(recipe: PipelineRecipe, where: str) -> None:
         earlier.append(name)
 
 
+def _refuse_unknown_keys(name: str, raw: Mapping[str, Any], where: str) -> None:
+    """Before any value is looked at: a misspelt key is often the cause of what is wrong with the others."""
+    keys = Keys(name)
+    if unknown := keys.unknown(raw):
+        problem = f"`{unknown[0].dotted}` is not a recipe key; {_nearest(unknown[0], keys)}"
+        raise RecipeError(f"{where}: {problem}{_more(len(unknown) - 1)}")
+
+
+def _nearest(unknown: UnknownKey, keys: Keys) -> str:
+    """The key of the recipe that looks most like the unknown one: in the same section first, then anywhere."""
+    name = unknown.dotted.rpartition(".")[2]
+    siblings = {key.rpartition(".")[2]: key for key in unknown.siblings}
+    if near := difflib.get_close_matches(name, list(siblings), n=1):
+        return f"did you mean `{siblings[near[0]]}`?"
+    if starts := [sibling for sibling in siblings if name.startswith(sibling) or sibling.startswith(name)]:
+        return f"did you mean `{siblings[max(starts, key=len)]}`?"
+    elsewhere = {key.rpartition(".")[2]: key for key in keys.known()}
+    if name in elsewhere:
+        return f"did you mean `{elsewhere[name]}`?"
+    if near := difflib.get_close_matches(name, list(elsewhere), n=1):
+        return f"did you mean `{elsewhere[near[0]]}`?"
+    return f"keys here are: {', '.join(sorted(siblings)) or 'none'}"
+
+
 def _validate(model: type[Section], raw: Mapping[str, Any], where: str) -> Section:
+    from pydantic import ValidationError
+
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_explain(model, error)}") from None
+        raise RecipeError(f"{where}: {_explain(error)}") from None
 
 
-def _explain(model: type[Section], error: ValidationError) -> str:
-    """The first problem in one line; unknown keys before others, since they often cause them."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line."""
+    problems = error.errors()
     problem = problems[0]
     dotted = ".".join(str(part) for part in problem["loc"])
-    more = f" ({len(problems) - 1} more problems after this one)" if len(problems) > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        return f"`{dotted}` is not a recipe key; {_nearest(model, dotted)}{more}"
+    more = _more(len(problems) - 1)
     if problem["type"] == "missing":
         return f"`{dotted}` is missing; add it{more}"
     message = problem["msg"].removeprefix("Value error, ")
@@ -188,27 +222,5 @@ def _explain(model: type[Section], error: ValidationError) -> str:
     return f"{place}{message}{shown}{more}"
 
 
-def _nearest(model: type[Section], dotted: str) -> str:
-    """The key of the recipe that looks most like `dotted`: in the same section first, then anywhere."""
-    keys = list(known_keys(model))
-    section, _, name = dotted.rpartition(".")
-    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
-    if near := difflib.get_close_matches(name, list(siblings), n=1):
-        return f"did you mean `{siblings[near[0]]}`?"
-    if starts := [sibling for sibling in siblings if name.startswith(sibling) or sibling.startswith(name)]:
-        return f"did you mean `{siblings[max(starts, key=len)]}`?"
-    elsewhere = {key.rpartition(".")[2]: key for key in keys}
-    if name in elsewhere:
-        return f"did you mean `{elsewhere[name]}`?"
-    if near := difflib.get_close_matches(name, list(elsewhere), n=1):
-        return f"did you mean `{elsewhere[near[0]]}`?"
-    return f"keys here are: {', '.join(sorted(siblings)) or 'none'}"
-
-
-def known_keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
-    """Every dotted key that a recipe of class `model` knows."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for inner in (field.annotation, *get_args(field.annotation)):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                yield from known_keys(inner, f"{prefix}{name}.")
+def _more(problems: int) -> str:
+    return f" ({problems} more problem{'s' if problems > 1 else ''} after this one)" if problems else ""
