@@ -19,7 +19,7 @@ from chatalign.errors import ArtifactError
 from chatalign.report import print_evaluation, print_pipeline_summary, write_pipeline_report, write_run_report
 from chatalign.report.headline import duration, headline
 from chatalign.report.markdown import markdown_table
-from chatalign.report.plots import curves_of
+from chatalign.report.plots import PANELS, curves_of, run_plots
 
 EVIL = "<script>alert(1)</script> a|b\nc <|im_end|> [bold red]x"
 MODELS: dict[str, Any] = {
@@ -217,6 +217,25 @@ def test_a_narrow_terminal_keeps_what_matters_whole(pipeline: Any) -> None:
 def test_curves_skip_what_was_not_a_number() -> None:
     lines = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 0.5, "eval_loss": 0.6}]
     assert curves_of(lines, ("loss",)) == {"loss": ([1.0, 3.0], [1.0, 0.5])}
+
+
+def test_a_plot_shows_nothing_of_the_one_before() -> None:
+    """All plots of a run are drawn on the same axes."""
+    values: dict[str, Any] = {
+        "loss": 3.0,
+        "loss/value": -2e4,
+        "eval_loss": 0.1,
+        "grad_norm": 5e5,
+        "learning_rate": 1e-6,
+    }
+    values |= {"rewards/chosen": 0.0, "rewards/rejected": 1e-3}
+    lines = [{"step": 100 * i} | {key: value / i for key, value in values.items()} for i in range(1, 6)]
+    together = run_plots(lines)
+    assert list(together) == ["loss", "rewards", "grad_norm", "learning_rate"]
+    keys = {panel.name: {name for key in panel.keys for name in (key, f"eval_{key}")} for panel in PANELS}
+    for name, picture in together.items():
+        alone = [{key: value for key, value in line.items() if key in keys[name] | {"step"}} for line in lines]
+        assert run_plots(alone) == {name: picture}
 
 
 def test_small_words() -> None:
