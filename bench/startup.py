@@ -64,9 +64,10 @@ class Spent(NamedTuple):
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread, no network; everything else as it is."""
+    """One thread, no network; chatalign's own bytecode is kept, as that of an installed package is."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return os.environ | offline | {"OMP_NUM_THREADS": "1"} | more
+    return kept | offline | {"OMP_NUM_THREADS": "1"} | more
 
 
 def spend(command: list[str], *, expect: int = 0, stamp: Path | None = None, **more: str) -> Spent:
