@@ -36,11 +36,14 @@ FEATURES: dict[Kind, dict[str, Any]] = {
 }
 
 
+Outcome = int | BadRow | Dropped  # how many rows of a table a row became, or why none
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Encoded rows. `outcomes`: for each row that was given, how many rows of `table` it became, or why none."""
+    """Encoded rows, and the outcome of each row that was given."""
 
-    outcomes: list[int | BadRow | Dropped]
+    outcomes: list[Outcome]
     table: pyarrow.Table
 
 
@@ -73,6 +76,16 @@ class RowEncoder:
         if self.chat is not None:
             self.chat.verify_rows = VERIFIED_ROWS
 
+    def learn_words(self) -> None:
+        """Make the memo of words now, so that forked workers have it."""
+        if self.chat is not None:
+            self.chat.text.learn_words()
+
+    def trust(self) -> None:
+        """Verify no rows: the process that reads them does, on the first."""
+        if self.chat is not None:
+            self.chat.verify_rows = 0
+
     def encode(self, rows: Sequence[Row]) -> list[list[Columns] | BadRow | Dropped]:
         """For each row its columns (usually one dict), or why it is left out."""
         if self.kind == "text":
@@ -87,7 +100,7 @@ class RowEncoder:
 
     def block(self, rows: Sequence[Row]) -> Block:
         """The rows' columns as one table, and what became of each row."""
-        outcomes: list[int | BadRow | Dropped] = []
+        outcomes: list[Outcome] = []
         made: list[Columns] = []
         for one in self.encode(rows):
             outcomes.append(len(one) if isinstance(one, list) else one)

@@ -1,7 +1,8 @@
 """Data files, row by row: a first pass counts the rows and finds the broken ones, later passes give the good ones.
 
 Nothing of a jsonl, txt, csv or parquet file, or of a json file that is one list of objects, stays in memory but the
-row at hand, so memory doesn't grow with a file. Other json files are read whole.
+row at hand, so memory doesn't grow with a file. Other json files are read whole. Where a row is a line, later passes
+can give the lines as they are, for worker processes to parse.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,17 +39,47 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Some rows in order, or the lines that `parse` makes rows of. Iterating gives the good ones as (file:row, row)."""
+
+    name: str
+    numbered: Iterable[tuple[int, Any]]
+    parse: Callable[[Iterable[tuple[int, bytes]]], Numbered] | None
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, row in self.good():
+            yield f"{self.name}:{number}", row
+
+    def good(self) -> Numbered:
+        """The rows that are none of them Broken, numbered."""
+        rows = self.numbered if self.parse is None else self.parse(self.numbered)
+        return ((number, row) for number, row in rows if not isinstance(row, Broken))
+
+
+@dataclass(frozen=True)
 class Part:
-    """The rows of one file (or Dataset): how many there are, and a fresh pass over them, numbered."""
+    """The rows of one file (or Dataset): how many are good, and a fresh pass over all of them as a Chunk has them."""
 
     name: str
     count: int
-    read: Callable[[], Numbered]
+    read: Callable[[], Iterator[tuple[int, Any]]]
+    parse: Callable[[Iterable[tuple[int, bytes]]], Numbered] | None = None
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for number, row in self.read():
-            if not isinstance(row, Broken):
-                yield f"{self.name}:{number}", row
+        return iter(self._whole())
+
+    def _whole(self) -> Chunk:
+        return Chunk(self.name, self.read(), self.parse)
+
+    def head(self, count: int) -> Part:
+        """The first `count` good rows. They are parsed where they are read: nothing else tells which lines are good."""
+        return Part(self.name, count, lambda: islice(self._whole().good(), count))
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """The rows or lines, `size` at a time."""
+        numbered = self.read()
+        while some := list(islice(numbered, size)):
+            yield Chunk(self.name, some, self.parse)
 
 
 class _NotAList(Exception):
@@ -67,8 +99,10 @@ def read_file(path: Path) -> tuple[Part, list[str]]:
             return Part(str(path), _parquet_rows(path), partial(_parquet, path)), []
         if reader is _json:
             reader = _json_reader(path)
+        parse = _PARSERS.get(reader)
+        read = partial(reader if parse is None else _lines, path)
         count, problems = 0, []
-        for number, row in reader(path):
+        for number, row in read() if parse is None else parse(read()):
             if isinstance(row, Broken):
                 problems.append(f"{path}:{number}: {row.problem} → {_MEND}")
             else:
@@ -77,7 +111,7 @@ def read_file(path: Path) -> tuple[Part, list[str]]:
         raise DataError(f"{path}: not UTF-8 (byte {_place(path, error)}); save it as UTF-8") from None
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: can't be read ({error}); check the file") from None
-    return Part(str(path), count, partial(reader, path)), problems
+    return Part(str(path), count, read, parse), problems
 
 
 def reader_of(path: Path) -> Callable[[Path], Numbered] | None:
@@ -100,30 +134,43 @@ def _place(path: Path, error: UnicodeDecodeError) -> int:
     return error.start
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines end in \\n only: a lone carriage return and Unicode's separators are text. Blank ones are left out."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines end in \\n only: a lone carriage return and Unicode's separators are text."""
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                yield number, text
+        yield from enumerate(file, start=1)
 
 
-def _jsonl(path: Path) -> Numbered:
-    for number, line in _lines(path):
+def _texts(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, str]]:
+    """Without blank lines."""
+    for number, line in lines:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        if text.strip():
+            yield number, text
+
+
+def _jsonl_rows(lines: Iterable[tuple[int, bytes]]) -> Numbered:
+    for number, line in _texts(lines):
         try:
             yield number, _object(json.loads(line.rstrip("\n")))
         except json.JSONDecodeError as error:
             yield number, Broken(f"broken JSON ({error.msg}, column {error.colno})")
 
 
+def _jsonl(path: Path) -> Numbered:
+    return _jsonl_rows(_lines(path))
+
+
 def _object(value: Any) -> dict[str, Any] | Broken:
     return value if isinstance(value, dict) else Broken(f"holds {kind_of(value)}, not an object")
 
 
-def _txt(path: Path) -> Numbered:
-    for number, line in _lines(path):
+def _txt_rows(lines: Iterable[tuple[int, bytes]]) -> Numbered:
+    for number, line in _texts(lines):
         yield number, {"text": line.rstrip("\n").rstrip("\r")}
+
+
+def _txt(path: Path) -> Numbered:
+    return _txt_rows(_lines(path))
 
 
 def _csv(path: Path) -> Numbered:
@@ -269,4 +316,8 @@ _READERS: dict[str, Callable[[Path], Numbered]] = {
     ".parquet": _parquet,
     ".csv": _csv,
     ".txt": _txt,
+}
+_PARSERS: dict[Callable[[Path], Numbered], Callable[[Iterable[tuple[int, bytes]]], Numbered]] = {
+    _jsonl: _jsonl_rows,
+    _txt: _txt_rows,
 }

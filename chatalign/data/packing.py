@@ -6,6 +6,7 @@ same lengths give the same bins on every rank.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,8 +16,8 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     """Pack rows of `lengths` tokens into bins of at most `capacity` tokens; returns row indices by bin.
 
     Longest rows first, each into the fullest bin that still takes it; rows of one length keep their order. The bins
-    that have r tokens free are kept in stacks by r, and one integer's bits say which stacks hold a bin, so that the
-    best fit is one shift and one lowest-set-bit: O(n log n) for the sort and capacity / 64 machine words a row.
+    that have r tokens free are kept in stacks by r, and a sorted list says which stacks hold a bin, so that the best
+    fit is one bisection: O(n log n) for the sort, and for each row a shift of that list, at most capacity long.
     Never more than 11/9 of the fewest bins possible, plus 1 (Johnson, 1973).
     Raises ValueError where a row is empty or longer than `capacity`.
     """
@@ -29,23 +30,24 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     order = np.argsort(-sizes, kind="stable")
     bins: list[list[int]] = []
     open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # by tokens free
-    free_bits = 0
+    free_sizes: list[int] = []  # of the stacks that hold a bin, ascending
     for row, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        fitting = free_bits >> size
-        if fitting:
-            free = size + (fitting & -fitting).bit_length() - 1
+        at = bisect_left(free_sizes, size)
+        if at < len(free_sizes):
+            free = free_sizes[at]
             stack = open_bins[free]
             index = stack.pop()
             if not stack:
-                free_bits ^= 1 << free
+                del free_sizes[at]
             bins[index].append(row)
         else:
             free, index = capacity, len(bins)
             bins.append([row])
         left = free - size
         if left:
+            if not open_bins[left]:
+                insort(free_sizes, left)
             open_bins[left].append(index)
-            free_bits |= 1 << left
     return bins
 
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +16,22 @@ import datasets
 import numpy as np
 
 from chatalign.artifact import DataUsed, write_json
-from chatalign.data.encode import Block, RowEncoder, table_schema
-from chatalign.data.formats import format_of, normalise
-from chatalign.data.lengths import Dropped
-from chatalign.data.mixing import is_eval, mixture, prompt_hash
-from chatalign.data.rows import BadRow, Kind, Row
+from chatalign.data.encode import Outcome, RowEncoder, table_schema
+from chatalign.data.files import Chunk
+from chatalign.data.formats import format_of
+from chatalign.data.mixing import is_eval, mixture
+from chatalign.data.rows import BadRow, Kind
 from chatalign.data.sources import Rows, read_source
 from chatalign.data.store import TableFile, stored, tokens_key
+from chatalign.data.workers import Task, Workers
 from chatalign.errors import DataError
 from chatalign.recipe import DataSection, DatasetSource
+from chatalign.recipe.sections import Format
 
 logger = logging.getLogger(__name__)
 LOST_TARGETS_LIMIT = 0.01  # a larger share of rows without targets is a mistake in max_length, not in the rows
 _CHUNK = 250  # rows encoded at once: enough for a tokenizer's batch, and few to hold
+_TRAIN, _EVAL, _NEITHER = range(3)  # the side that a row goes to
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,6 @@ class _Source:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A row on its way to a side; `where` is its file:row."""
-
-    where: str
-    row: Row
-    evaluated: bool
-
-
 def prepare(section: DataSection, tokenizer: Any, kind: Kind, *, seed: int, eos_for_text: bool = True) -> Prepared:
     """Read, check, split, encode, cut to length and mix the rows of a ``data:`` section.
 
@@ -103,7 +92,13 @@ def prepare(section: DataSection, tokenizer: Any, kind: Kind, *, seed: int, eos_
         rows=[loaded.raw.sha256 for loaded in [*train, *held_out]],
         eos_for_text=eos_for_text,
     )
-    folder = stored(key, lambda folder: _Pass(section, kind, encoder, make_encoder, folder).run(train, held_out))
+    total = sum(loaded.total for loaded in [*train, *held_out])
+
+    def write(folder: Path) -> None:
+        with Workers(min(section.num_proc or 1, -(-total // _CHUNK)), encoder, make_encoder) as workers:
+            _Pass(section, kind, workers, folder).run(train, held_out)
+
+    folder = stored(key, write)
     record = json.loads((folder / "record.json").read_text("utf-8"))
     accounts = [DataUsed(**account) for account in record["used"]]
     for account in accounts:
@@ -128,13 +123,9 @@ def prepare(section: DataSection, tokenizer: Any, kind: Kind, *, seed: int, eos_
 class _Pass:
     """One pass over all sources, in chunks, so that memory doesn't grow with the rows."""
 
-    def __init__(self, section: DataSection, kind: Kind, encoder: RowEncoder, make_encoder: Any, folder: Path) -> None:
-        self.section, self.kind, self.encoder = section, kind, encoder
-        self.make_encoder = make_encoder
-        self.folder = folder
+    def __init__(self, section: DataSection, kind: Kind, workers: Workers, folder: Path) -> None:
+        self.section, self.kind, self.workers, self.folder = section, kind, workers, folder
         self.asked: set[str] = set()  # hashes of the prompts of eval_datasets
-        self.pool: ProcessPoolExecutor | None = None
-        self.workers = 1
 
     def run(self, train: list[_Source], held_out: list[_Source]) -> None:
         """Write ``train.arrow``, ``eval.arrow`` (where there are such rows) and ``record.json``."""
@@ -143,12 +134,11 @@ class _Pass:
             files = [
                 stack.enter_context(TableFile(self.folder / f"{side}.arrow", schema)) for side in ("train", "eval")
             ]
-            self._start_pool(stack, sum(loaded.total for loaded in [*train, *held_out]))
             for loaded in held_out:
-                self._encode(loaded, self._held_out(loaded), files)
+                self._encode(loaded, files, held_out=True)
             for loaded in train:
                 before = files[0].rows
-                self._encode(loaded, self._split(loaded), files)
+                self._encode(loaded, files)
                 loaded.train_rows = files[0].rows - before
         for loaded in [*train, *held_out]:
             _check_account(loaded, section)
@@ -159,101 +149,66 @@ class _Pass:
         used = [loaded.account().model_dump() for loaded in [*train, *held_out]]
         write_json(self.folder / "record.json", {"train_rows": [loaded.train_rows for loaded in train], "used": used})
 
-    def _start_pool(self, stack: ExitStack, rows: int) -> None:
-        self.workers = min(self.section.num_proc or 1, -(-rows // _CHUNK))
-        if self.workers < 2:
-            return
-        # Forked where that can be, as by datasets' own num_proc: no imports again, and what the encoder has learnt.
-        # A worker tokenizes only; torch's threads, which don't survive a fork, are not asked for anything.
-        method = "fork" if sys.platform == "linux" else "spawn"
-        _worker[:] = [self.encoder]
-        stack.callback(_worker.clear)
-        pool = ProcessPoolExecutor(self.workers, get_context(method), _start_worker, (self.make_encoder,))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        self.pool = pool
-
-    def _rows(self, loaded: _Source) -> Iterator[tuple[str, Row]]:
-        """A source's rows in the schema; bad rows raise DataError, or are counted where the recipe drops them."""
-        source = loaded.source
+    def _encode(self, loaded: _Source, files: Sequence[TableFile], *, held_out: bool = False) -> None:
+        """Write the encoded rows of one source to their sides; those left out are counted in `loaded`."""
         if loaded.raw.problems:
             loaded.dropped["broken JSON or CSV"] += len(loaded.raw.problems)
+        hashed = held_out or bool(self.asked or self.section.eval_fraction)
+        for made in self.workers.encode(self._tasks(loaded, hashed)):
+            if held_out:
+                self.asked.update(filter(None, made.hashes))
+            sides = [_EVAL if held_out else self._side(digest) for digest in made.hashes]
+            for place, side, outcome in zip(made.places, sides, made.outcomes, strict=True):
+                self._count(loaded, place, side, outcome)
+            side_of_row = np.repeat(sides, [outcome if isinstance(outcome, int) else 0 for outcome in made.outcomes])
+            for side, file in enumerate(files):
+                chosen = side_of_row == side
+                file.append(made.table if chosen.all() else made.table.filter(chosen))
+
+    def _tasks(self, loaded: _Source, hashed: bool) -> Iterator[Task]:
+        """A source's chunks; its format is that of the first row whose columns are known."""
         format_ = None
-        for where, columns in loaded.raw:
+        for chunk in loaded.raw.chunks(_CHUNK):
+            format_ = format_ or self._format(loaded, chunk)
+            if format_ is not None:
+                loaded.format = format_
+                yield Task(chunk, loaded.source, format_, hashed)
+
+    def _format(self, loaded: _Source, chunk: Chunk) -> Format | None:
+        """The format by the first row that has the mapped columns; where none has, they are counted as left out."""
+        reasons: Counter[str] = Counter()
+        for where, columns in chunk:
             try:
-                format_ = format_ or format_of(source, columns, self.kind)
-                yield where, normalise(columns, source, format_, self.kind)
+                return format_of(loaded.source, columns, self.kind)
             except BadRow as bad:
                 if self.section.on_bad_row == "error":
                     raise DataError(f"{where}: {bad}") from None
-                loaded.dropped[bad.reason] += 1
-        loaded.format = format_ or str(source.format)
+                reasons[bad.reason] += 1
+        loaded.dropped += reasons
+        return None
 
-    def _held_out(self, loaded: _Source) -> Iterator[_Item]:
-        for where, row in self._rows(loaded):
-            self.asked.add(prompt_hash(row))
-            yield _Item(where, row, evaluated=True)
+    def _side(self, digest: str) -> int:
+        """Where a training row goes; one whose prompt is in ``eval_datasets`` nowhere."""
+        if digest and is_eval(digest, self.section.eval_fraction):
+            return _EVAL
+        return _NEITHER if digest in self.asked else _TRAIN
 
-    def _split(self, loaded: _Source) -> Iterator[_Item]:
-        """Training rows and those split off; a row whose prompt is in ``eval_datasets`` is left out."""
-        share = self.section.eval_fraction
-        for where, row in self._rows(loaded):
-            digest = prompt_hash(row) if self.asked or share else ""
-            if digest and is_eval(digest, share):
-                yield _Item(where, row, evaluated=True)
-            elif digest in self.asked:
-                loaded.dropped["its prompt is in eval_datasets"] += 1
-            else:
-                yield _Item(where, row, evaluated=False)
-
-    def _encode(self, loaded: _Source, items: Iterator[_Item], files: Sequence[TableFile]) -> None:
-        """Write the encoded rows of one source to their sides; those left out are counted in `loaded`."""
-        for chunk, block in self._blocks(items):
-            kept = [self._kept(loaded, item, outcome) for item, outcome in zip(chunk, block.outcomes, strict=True)]
-            evaluated = np.repeat([item.evaluated for item in chunk], kept)
-            for file, side in zip(files, (~evaluated, evaluated), strict=True):
-                file.append(block.table if side.all() else block.table.filter(side))
-
-    def _kept(self, loaded: _Source, item: _Item, outcome: int | BadRow | Dropped) -> int:
+    def _count(self, loaded: _Source, place: str, side: int, outcome: Outcome) -> None:
+        """Put a row to the source's account, or raise DataError where the recipe doesn't let it pass."""
+        if side == _NEITHER:
+            loaded.dropped["its prompt is in eval_datasets"] += 1
+            return
         if isinstance(outcome, int):
             loaded.used += 1
-            return outcome
+            return
         if isinstance(outcome, BadRow):
             if self.section.on_bad_row == "error":
-                raise DataError(f"{item.where}: {outcome}")
+                raise DataError(f"{place}: {outcome}")
         else:
             if self.section.on_overlong == "error":
-                raise DataError(f"{item.where}: {outcome.reason} → raise it, cut the row, or set data.on_overlong")
+                raise DataError(f"{place}: {outcome.reason} → raise it, cut the row, or set data.on_overlong")
             loaded.lost_targets += outcome.lost_target
         loaded.dropped[outcome.reason] += 1
-        return 0
-
-    def _blocks(self, items: Iterator[_Item]) -> Iterator[tuple[list[_Item], Block]]:
-        """The items in chunks with their encoding, in order; a few chunks ahead of the reader where there is a pool."""
-        ahead: deque[tuple[list[_Item], Future[Block]]] = deque()
-        for number, chunk in enumerate(iter(lambda: list(islice(items, _CHUNK)), [])):
-            rows = [item.row for item in chunk]
-            if self.pool is None or number == 0:  # the first here, so that forked workers start with its words
-                yield chunk, self.encoder.block(rows)
-                continue
-            ahead.append((chunk, self.pool.submit(_encode_chunk, rows)))
-            if len(ahead) > 4 * self.workers:
-                done, future = ahead.popleft()
-                yield done, future.result()
-        for done, future in ahead:
-            yield done, future.result()
-
-
-_worker: list[RowEncoder] = []
-
-
-def _start_worker(make_encoder: Any) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    if not _worker:
-        _worker.append(make_encoder())
-
-
-def _encode_chunk(rows: list[Row]) -> Block:
-    return _worker[0].block(rows)
 
 
 def _check_account(loaded: _Source, section: DataSection) -> None:

@@ -96,7 +96,7 @@ class TextEncoder:
         spans = spans or [()] * len(texts)
         made: list[Any] = [None] * len(texts)
         if len(texts) >= _MEMO_TEXTS:
-            self._memo = self._new_memo
+            self.learn_words()
         if self._memo is not None:
             made = [
                 None if guarded else _from_memo(self._memo, text, wanted)
@@ -108,6 +108,10 @@ class TextEncoder:
             for i, encoding in zip(rest, encodings, strict=True):
                 made[i] = (encoding.ids, _token_spans(encoding, spans[i]))
         return made
+
+    def learn_words(self) -> None:
+        """Make the memo of words, where the tokenizer allows one; later calls cost nothing."""
+        self._memo = self._new_memo
 
     def _swap(self, text: str) -> str:
         return self._either.sub(lambda match: self._swaps[match[0]], text)

@@ -117,7 +117,7 @@ def word_memo(tokenizer: Tokenizer) -> WordMemo | None:
         return None
     memo = WordMemo(model, words, {token.content: id_ for id_, token in added.items()})
     found = memo.encode(probe := _probe(list(memo._ids.added)))
-    agrees = found is not None and found[0] == tokenizer.encode(probe, add_special_tokens=False).ids
+    agrees = found is not None and found[0] == tokenizer.encode_batch_fast([probe], add_special_tokens=False)[0].ids
     return memo if agrees else None
 
 

@@ -287,12 +287,3 @@ def test_check_and_reading_import_no_torch() -> None:
     code = f"import sys, chatalign.data; chatalign.data.check_data; print([m for m in {heavy} if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
-
-
-@pytest.mark.slow
-def test_processes_encode_as_one_does(tmp_path: Path) -> None:
-    path = rows_file(tmp_path / "sft.jsonl", [qa(i, "yes " * (1 + i % 40)) for i in range(2500)])
-    one = prepare(section(path, max_length=32, on_overlong="drop"), TOKENIZER, "conversation", seed=0)
-    two = prepare(section(path, max_length=32, on_overlong="drop", num_proc=2), TOKENIZER, "conversation", seed=0)
-    assert one.train["input_ids"][:] == two.train["input_ids"][:]
-    assert one.used == two.used

@@ -1,0 +1,129 @@
+"""Chunks of raw rows to tables of tokens, here or in several processes: the same tables, errors and order.
+
+A worker gets lines as they lie in the file, and does all that is to be done with a row; so this process only reads
+and writes bytes, and more workers bring more speed.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+
+import pyarrow
+
+from chatalign.data.encode import Outcome, RowEncoder
+from chatalign.data.files import Chunk
+from chatalign.data.formats import normalise
+from chatalign.data.mixing import prompt_hash
+from chatalign.data.rows import BadRow, Row
+from chatalign.errors import DataError
+from chatalign.recipe import DatasetSource
+from chatalign.recipe.sections import Format
+
+_AHEAD = 4  # chunks on their way for each worker: none waits, and few are held
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Rows of one source to encode. `hashed`: with the hash of what each asks."""
+
+    chunk: Chunk
+    source: DatasetSource
+    format: Format
+    hashed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What became of a chunk's rows, in three lists with an item a row, and the `table` of those that were encoded.
+
+    `places` are file:row; `hashes` are empty where they weren't asked for, and of bad rows.
+    """
+
+    places: list[str]
+    hashes: list[str]
+    outcomes: list[Outcome]
+    table: pyarrow.Table
+
+
+def encode_task(encoder: RowEncoder, task: Task) -> Made:
+    """Bring a chunk's rows to the schema and encode them; a bad row raises DataError where the recipe drops none."""
+    places: list[str] = []
+    hashes: list[str] = []
+    rows: list[Row | BadRow] = []
+    for where, columns in task.chunk:
+        row: Row | BadRow
+        try:
+            row = normalise(columns, task.source, task.format, encoder.kind)
+        except BadRow as bad:
+            if encoder.section.on_bad_row == "error":
+                raise DataError(f"{where}: {bad}") from None
+            row = bad
+        places.append(where)
+        rows.append(row)
+        hashes.append(prompt_hash(row) if task.hashed and not isinstance(row, BadRow) else "")
+    block = encoder.block([row for row in rows if not isinstance(row, BadRow)])
+    encoded = iter(block.outcomes)
+    return Made(places, hashes, [row if isinstance(row, BadRow) else next(encoded) for row in rows], block.table)
+
+
+class Workers:
+    """`count` processes that encode; with one, this process does. A context manager: at its end they are gone."""
+
+    def __init__(self, count: int, encoder: RowEncoder, make_encoder: Callable[[], RowEncoder]) -> None:
+        self.encoder = encoder
+        self._ahead = _AHEAD * count if count > 1 else 0
+        self._pool: ProcessPoolExecutor | None = None
+        if count > 1:
+            # Forked where that can be, as by datasets' own num_proc: no imports again, and what the encoder has learnt.
+            # A worker tokenizes only; torch's threads, which don't survive a fork, are not asked for anything.
+            method = "fork" if sys.platform == "linux" else "spawn"
+            encoder.learn_words()
+            _worker[:] = [encoder]
+            gc.freeze()  # a search of all that is there would copy it in the workers, and hold them up from here
+            self._pool = ProcessPoolExecutor(count, get_context(method), _start_worker, (make_encoder,))
+
+    def encode(self, tasks: Iterable[Task]) -> Iterator[Made]:
+        """What the tasks made, in order. The first is encoded here, while workers begin: it holds the verified rows."""
+        waiting: deque[Callable[[], Made]] = deque()
+        for number, task in enumerate(tasks):
+            here = self._pool is None or number == 0
+            waiting.append(partial(encode_task, self.encoder, task) if here else self._submit(task))
+            if len(waiting) > self._ahead:
+                yield waiting.popleft()()
+        while waiting:
+            yield waiting.popleft()()
+
+    def _submit(self, task: Task) -> Callable[[], Made]:
+        assert self._pool is not None
+        return self._pool.submit(_encode_in_worker, task).result
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            _worker.clear()
+            gc.unfreeze()
+
+
+_worker: list[RowEncoder] = []
+
+
+def _start_worker(make_encoder: Callable[[], RowEncoder]) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    if not _worker:
+        _worker.append(make_encoder())
+    _worker[0].trust()
+
+
+def _encode_in_worker(task: Task) -> Made:
+    return encode_task(_worker[0], task)
