@@ -289,68 +289,50 @@ def _start(arm: str, folder: Path, **env: str) -> Result:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _report(part: str, results: Sequence[Result], clock: str, chosen: argparse.Namespace) -> None:
-    """Medians of tokens/s by arm, and chatalign's best over TRL's best, each as the median over the repeats."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    arms = list(dict.fromkeys(result["arm"] for result in results))
-    speeds = {arm: [one["tokens"] / one[clock] for one in results if one["arm"] == arm] for arm in arms}
-    rows = results[0]["rows"]
-    with RESULTS.open("a") as file:
-        for arm in arms:
-            value = median(speeds[arm])
-            print(
-                f"{part:7} {arm:24} {value:12,.0f} tokens/s   ({', '.join(f'{speed:,.0f}' for speed in speeds[arm])})"
-            )
-            more = {"rows": rows, "fresh": chosen.fresh, "repeats": len(speeds[arm])}
-            line = {
-                "bench": "data_prep",
-                "arm": arm,
-                "metric": f"{part}_tokens_per_s",
-                "value": value,
-                "unit": "tokens/s",
-            }
-            file.write(json.dumps(line | more) + "\n")
-    ours, peers = ([arm for arm in arms if arm.startswith(name)] for name in ("chatalign", "trl"))
-    if ours and peers:
-        turns = range(len(speeds[arms[0]]))
+def _speed_part(part: str, chosen: argparse.Namespace) -> None:
+    """Tokens/s by arm and turn, and ours over TRL's fastest arm, turn by turn."""
+    arms, clock, env = _SPEEDS[part]
+    results = _measure(arms, chosen, rows=chosen.rows, repeats=chosen.repeats, **env)
+    speeds: dict[str, list[float]] = {}
+    for one in results:
+        speeds.setdefault(one["arm"], []).append(one["tokens"] / one[clock])
+        turn = {"repeat": len(speeds[one["arm"]]) - 1, "rows": one["rows"], "fresh": chosen.fresh}
+        _keep(one["arm"], f"{part}_tokens_per_s", speeds[one["arm"]][-1], "tokens/s", turn)
+    for arm, turns in speeds.items():
+        print(f"{part:7} {arm:24} {median(turns):12,.0f} tokens/s   ({', '.join(f'{speed:,.0f}' for speed in turns)})")
+    peers = [arm for arm in speeds if arm.startswith("trl")]
+    if peers:
         best = max(peers, key=lambda arm: median(speeds[arm]))
-        for arm in ours:
-            ratios = [speeds[arm][turn] / speeds[best][turn] for turn in turns]
+        for arm in (arm for arm in speeds if arm.startswith("chatalign")):
+            ratios = [ours / theirs for ours, theirs in zip(speeds[arm], speeds[best], strict=True)]
             print(f"{part:7} {arm} over {best}: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def _cpu_part(chosen: argparse.Namespace) -> None:
-    arms = ["chatalign", "trl", "trl-packed", "chatalign-messages", "trl-messages", "trl-messages-packed", "tokenizer"]
-    results = _measure(arms, chosen, rows=chosen.rows, repeats=chosen.repeats, TOKENIZERS_PARALLELISM="false")
-    _report("cpu", results, "cpu_s", chosen)
-
-
-def _wall_part(chosen: argparse.Namespace) -> None:
-    arms = ["chatalign", "trl-4", "chatalign-4", "trl-packed-4", "trl-messages-4", "trl-messages-packed-4"]
-    arms.append("tokenizer-4")
-    results = _measure(arms, chosen, rows=chosen.rows, repeats=chosen.repeats, RAYON_NUM_THREADS="4")
-    _report("wall", results, "wall_s", chosen)
-
-
-def _pairs_part(chosen: argparse.Namespace) -> None:
-    arms = ["chatalign-pairs", "trl-pairs"]
-    results = _measure(arms, chosen, rows=chosen.rows, repeats=chosen.repeats, TOKENIZERS_PARALLELISM="false")
-    _report("pairs", results, "cpu_s", chosen)
-
-
 def _memory_part(chosen: argparse.Namespace) -> None:
-    """Peak resident memory above what the imports took, by rows."""
+    """Peak resident memory, and what of it is above the imports, by rows."""
+    for rows in CURVE:
+        for one in _measure(["chatalign", "trl"], chosen, rows=rows, repeats=1, TOKENIZERS_PARALLELISM="false"):
+            arm, peak, grown = one["arm"], one["peak_mb"], one["peak_mb"] - one["before_mb"]
+            print(f"memory  {arm:24} {rows:8,} rows {peak:8,.0f} MB, {grown:6,.0f} above the imports")
+            _keep(arm, "peak_mb", peak, "MB", {"rows": rows, "above_imports_mb": grown})
+
+
+def _keep(arm: str, metric: str, value: float, unit: str, more: Result) -> None:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    line = {"bench": "data_prep", "arm": arm, "metric": metric, "value": value, "unit": unit}
     with RESULTS.open("a") as file:
-        for rows in CURVE:
-            for arm in ("chatalign", "trl") if chosen.arms is None else chosen.arms.split(","):
-                (one,) = _measure([arm], chosen, rows=rows, repeats=1, TOKENIZERS_PARALLELISM="false")
-                grown = one["peak_mb"] - one["before_mb"]
-                print(f"memory  {arm:24} {rows:8,} rows {one['peak_mb']:8,.0f} MB, {grown:6,.0f} above the imports")
-                line = {"bench": "data_prep", "arm": arm, "metric": "peak_mb", "value": one["peak_mb"], "unit": "MB"}
-                file.write(json.dumps(line | {"rows": rows, "above_imports_mb": grown}) + "\n")
+        file.write(json.dumps(line | more) + "\n")
 
 
-_PARTS = {"cpu": _cpu_part, "wall": _wall_part, "pairs": _pairs_part, "memory": _memory_part}
+_ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false"}
+_ONE = ["chatalign", "trl", "trl-packed", "chatalign-messages", "trl-messages", "trl-messages-packed", "tokenizer"]
+_FOUR = ["trl-4", "chatalign-4", "trl-packed-4", "trl-messages-4", "trl-messages-packed-4", "tokenizer-4"]
+_SPEEDS: dict[str, tuple[list[str], str, dict[str, str]]] = {
+    "cpu": (_ONE, "cpu_s", _ONE_THREAD),
+    "wall": (_FOUR, "wall_s", {"RAYON_NUM_THREADS": "4"}),
+    "pairs": (["chatalign-pairs", "trl-pairs"], "cpu_s", _ONE_THREAD),
+}
+_PARTS = {part: partial(_speed_part, part) for part in _SPEEDS} | {"memory": _memory_part}
 
 if __name__ == "__main__":
     main()

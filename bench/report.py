@@ -25,6 +25,7 @@ RAW = ROOT / "bench" / "results"
 NOTES = ROOT / "bench" / "NOTES.md"
 Result = dict[str, Any]
 OURS, FLOOR = "chatalign", "floor"
+WHO = (OURS, "trl")  # whose arms data preparation holds against each other; the bare tokenizer prepares nothing
 # Work: (bar, goal) against the best peer arm, speed; and the bar of peak memory.
 BARS = {
     "sft": (1.3, 1.6),
@@ -34,6 +35,10 @@ BARS = {
     "reward-short": (2.2, 3.0),
     "reward-long": (2.2, 3.0),
 }
+# Part of bench/data_prep.py: (bar, goal) against the best peer arm.
+DATA_BARS = {"cpu": (2.0, 4.0), "wall": (3.0, 4.0), "pairs": (2.0, 4.0)}
+DATA_PARTS = {"cpu": "rows, a core", "wall": "rows, 4 workers by the clock", "pairs": "pairs, a core"}
+FLAT = 1.1  # the memory that the most rows may take, over what the fewest do
 MEMORY_BARS = {"sft": 0.8, "sft-lora": 1.0, "dpo-short": 0.6, "dpo-long": 0.6, "reward-short": 1.0, "reward-long": 1.0}
 
 
@@ -132,6 +137,45 @@ def metric_table(results: Sequence[Result]) -> list[str]:
     return lines
 
 
+def data_tables(results: Sequence[Result]) -> list[str]:
+    """Data preparation: the table of bars, every arm's speed, and memory by rows."""
+    speeds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    memory: dict[str, dict[int, float]] = defaultdict(dict)
+    for r in results:
+        if r["metric"] == "peak_mb":
+            memory[r["arm"]][r["rows"]] = r["value"]
+        elif not r["fresh"]:
+            speeds[r["metric"].removesuffix("_tokens_per_s")][r["arm"]].append(r["value"])
+    head = ["| work | best arms | tokens/s: ours / peer | bar, goal | passes |", "|---|---|---|---|---|"]
+    tail = ["", "| work | arm | tokens/s, median (smallest–largest) | n |", "|---|---|---|---|"]
+    for part, arms in sorted(speeds.items(), key=lambda item: list(DATA_BARS).index(item[0])):
+        median_of = {arm: median(turns) for arm, turns in arms.items()}
+        ours, peer = (max((a for a in arms if a.startswith(w)), key=median_of.__getitem__, default="") for w in WHO)
+        if ours and peer:
+            over = [mine / theirs for mine, theirs in zip(arms[ours], arms[peer], strict=False)]
+            bar, goal = DATA_BARS[part]
+            passes = "yes" if median(over) >= bar else "no"
+            head.append(f"| {DATA_PARTS[part]} | {ours} / {peer} | {spread(over)} × | ≥ {bar}, {goal} | {passes} |")
+        for arm in sorted(arms, key=lambda arm: -median_of[arm]):
+            tail.append(f"| {DATA_PARTS[part]} | {arm} | {spread(arms[arm], 0)} | {len(arms[arm])} |")
+    return [*head, *tail, *memory_table(memory)]
+
+
+def memory_table(memory: dict[str, dict[int, float]]) -> list[str]:
+    """Peak memory of each arm by rows, and what the most rows take over the fewest."""
+    if not memory:
+        return []
+    counts = sorted({rows for peaks in memory.values() for rows in peaks})
+    lines = ["", f"| peak MB of | {' | '.join(f'{rows:,} rows' for rows in counts)} | most / fewest | bar | passes |"]
+    lines.append("|---" * (len(counts) + 4) + "|")
+    for arm, peaks in memory.items():
+        grown = peaks[max(peaks)] / peaks[min(peaks)]
+        cells = " | ".join(f"{peaks[rows]:,.0f}" if rows in peaks else "–" for rows in counts)
+        bar = f"≤ {FLAT} | {'yes' if grown <= FLAT else 'no'}" if arm.startswith(OURS) else "– | –"
+        lines.append(f"| {arm} | {cells} | {grown:.2f} | {bar} |")
+    return lines
+
+
 def machine() -> str:
     """What it ran on."""
     model = platform.processor() or platform.machine()
@@ -208,9 +252,10 @@ def main() -> None:
         ]
         lines += training_tables(training)
         lines += ["", "![Speed of every arm over the best peer's](results.png)", ""]
-    for name, title in (("data_prep", "Data preparation"), ("startup", "Start-up and chains")):
-        if found := read(name):
-            lines += [f"## {title}", "", *metric_table(found), ""]
+    if found := read("data_prep"):
+        lines += ["## Data preparation", "", *data_tables(found), ""]
+    if found := read("startup"):
+        lines += ["## Start-up and chains", "", *metric_table(found), ""]
     if (ROOT / "bench" / "scaling.png").is_file():
         lines += ["## How cost grows", "", "![Cost against rows, length, vocabulary, size, processes](scaling.png)", ""]
     lines += ["## Versions", "", *versions(training), "", "Not measured, since they don't run here:", ""]

@@ -62,6 +62,45 @@ def test_the_best_peer_is_the_fastest_and_never_the_floor_or_us(bench):
     assert "| 2.00 (2.00–2.00) × | ≥ 1.3, 1.6 | 1.25 (1.25–1.25) | 1.00 | ≤ 0.8 |" in row
 
 
+def prepared(arm: str, metric: str, *values: float, **more: object) -> list[dict]:
+    line = {"bench": "data_prep", "arm": arm, "metric": metric, "rows": 10, "fresh": False}
+    return [line | {"value": value} | more for value in values]
+
+
+def test_data_preparation_says_whether_it_passes(bench):
+    lines = bench["report"].data_tables(
+        [
+            *prepared("chatalign-4", "wall_tokens_per_s", 70, 20),
+            *prepared("trl-4", "wall_tokens_per_s", 5, 5),
+            *prepared("trl-packed-4", "wall_tokens_per_s", 20, 10),
+            *prepared("tokenizer-4", "wall_tokens_per_s", 900, 900),
+            *prepared("chatalign", "cpu_tokens_per_s", 40),
+            *prepared("chatalign", "cpu_tokens_per_s", 9000, fresh=True),
+            *prepared("chatalign-messages", "cpu_tokens_per_s", 50),
+            *prepared("trl", "cpu_tokens_per_s", 10),
+            *prepared("tokenizer", "pairs_tokens_per_s", 10),
+        ]
+    )
+    assert lines[2] == "| rows, a core | chatalign-messages / trl | 5.00 (5.00–5.00) × | ≥ 2.0, 4.0 | yes |"
+    assert lines[3].endswith("| chatalign-4 / trl-packed-4 | 2.75 (2.00–3.50) × | ≥ 3.0, 4.0 | no |")
+    assert lines[4] == ""  # pairs: nobody to hold against anybody
+    assert "| rows, 4 workers by the clock | chatalign-4 | 45 (20–70) | 2 |" in lines
+
+
+def test_memory_is_flat_or_not(bench):
+    def memory(arm: str, few: float, many: float) -> list[dict]:
+        return [*prepared(arm, "peak_mb", few), *prepared(arm, "peak_mb", many, rows=4000)]
+
+    lines = bench["report"].data_tables([*memory("chatalign", 500, 540), *memory("trl", 500, 900)])
+    assert lines[-4:] == [
+        "| peak MB of | 10 rows | 4,000 rows | most / fewest | bar | passes |",
+        "|---|---|---|---|---|---|",
+        "| chatalign | 500 | 540 | 1.08 | ≤ 1.1 | yes |",
+        "| trl | 500 | 900 | 1.80 | – | – |",
+    ]
+    assert bench["report"].data_tables(memory("chatalign", 500, 560))[-1].endswith("| 1.12 | ≤ 1.1 | no |")
+
+
 @pytest.mark.parametrize(("off", "named"), [(5e-5, False), (2e-4, True)])
 def test_an_arm_with_another_loss_is_named(bench, off, named):
     results = [result("chatalign-default-float32", 1), result("trl-tuned-float32", 1, loss=2.0 + off)]
