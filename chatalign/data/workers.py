@@ -81,13 +81,15 @@ class Workers:
         self.encoder = encoder
         self._ahead = _AHEAD * count if count > 1 else 0
         self._pool: ProcessPoolExecutor | None = None
+        # What is there by now (torch and all) is no garbage: to search it takes as long as 1,000 rows, and copies it
+        # in forked workers.
+        gc.freeze()
         if count > 1:
             # Forked where that can be, as by datasets' own num_proc: no imports again, and what the encoder has learnt.
             # A worker tokenizes only; torch's threads, which don't survive a fork, are not asked for anything.
             method = "fork" if sys.platform == "linux" else "spawn"
             encoder.learn_words()
             _worker[:] = [encoder]
-            gc.freeze()  # a search of all that is there would copy it in the workers, and hold them up from here
             self._pool = ProcessPoolExecutor(count, get_context(method), _start_worker, (make_encoder,))
 
     def encode(self, tasks: Iterable[Task]) -> Iterator[Made]:
@@ -112,7 +114,7 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             _worker.clear()
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 _worker: list[RowEncoder] = []
