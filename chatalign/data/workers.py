@@ -83,6 +83,7 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
         # What is there by now (torch and all) is no garbage: to search it takes as long as 1,000 rows, and copies it
         # in forked workers.
+        self._froze = gc.get_freeze_count() == 0  # else it is another's to undo: see warm.import_once
         gc.freeze()
         if count > 1:
             # Forked where that can be, as by datasets' own num_proc: no imports again, and what the encoder has learnt.
@@ -114,7 +115,8 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             _worker.clear()
-        gc.unfreeze()
+        if self._froze:
+            gc.unfreeze()
 
 
 _worker: list[RowEncoder] = []
