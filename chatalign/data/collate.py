@@ -135,17 +135,20 @@ def _batch(
 
 
 def pad_to_multiple(batch: Batch, multiple: int) -> Batch:
-    """The batch with T a multiple of `multiple`: token 0 is appended as a segment of its own, which is no target.
+    """The batch with T a multiple of `multiple`: token 0 is appended as segments of their own, which are no targets.
 
-    For hardware whose kernels are made for each new T: then there are few.
+    For hardware whose kernels are made for each new T: then there are few. No added segment is longer than the
+    batch's longest, so that sliding windows and position tables that hold the rows hold the padding too.
     """
     length = batch["input_ids"].shape[1]
     extra = -length % multiple
     if not extra:
         return batch
-    own = torch.tensor([[length, length + extra, 0, 0]], dtype=batch["segments"].dtype)
+    segments = batch["segments"]
+    longest = int((segments[:, 1] - segments[:, 0]).max())
+    own = [(start, min(start + longest, length + extra), 0, 0) for start in range(length, length + extra, longest)]
     return batch | {
         "input_ids": torch.cat((batch["input_ids"], batch["input_ids"].new_zeros(1, extra)), dim=1),
-        "position_ids": torch.cat((batch["position_ids"], torch.arange(extra).unsqueeze(0)), dim=1),
-        "segments": torch.cat((batch["segments"], own)),
+        "position_ids": torch.cat((batch["position_ids"], torch.arange(extra).unsqueeze(0) % longest), dim=1),
+        "segments": torch.cat((segments, torch.tensor(own, dtype=segments.dtype))),
     }

@@ -23,7 +23,7 @@ PADDED = {"input_ids", "position_ids", "segments"}
 
 @pytest.mark.parametrize("multiple", [1, 2, 7, 64, 1000])
 @pytest.mark.parametrize("pairs", [False, True])
-def test_padding_is_a_segment_of_its_own_at_the_end(pairs: bool, multiple: int) -> None:
+def test_padding_is_segments_of_its_own_at_the_end(pairs: bool, multiple: int) -> None:
     batch = collate_pairs(list(pair_rows(3))) if pairs else collate_lm(list(lm_rows(3)))
     before = {name: values.clone() for name, values in batch.items()}
     padded = pad_to_multiple(batch, multiple)
@@ -40,8 +40,10 @@ def test_padding_is_a_segment_of_its_own_at_the_end(pairs: bool, multiple: int) 
     assert torch.equal(padded["input_ids"][:, :length], batch["input_ids"])
     assert torch.equal(padded["position_ids"][:, :length], batch["position_ids"])
     assert not padded["input_ids"][:, length:].any()
-    assert padded["position_ids"][0, length:].tolist() == list(range(total - length))
-    own = [[length, total, 0, 0]] if total > length else []
+    longest = int((batch["segments"][:, 1] - batch["segments"][:, 0]).max())
+    starts = range(length, total, longest)
+    assert padded["position_ids"][0, length:].tolist() == [i % longest for i in range(total - length)]
+    own = [[start, min(start + longest, total), 0, 0] for start in starts]
     assert padded["segments"].tolist() == batch["segments"].tolist() + own
     assert sum(plan_segments(padded["segments"], total).lengths) == total
 
@@ -54,6 +56,9 @@ def test_padding_by_hand() -> None:
     assert padded["segments"].tolist() == [[0, 3, 0, 0], [3, 4, 0, 0]]
     assert padded["targets"].tolist() == [8, 9]
     assert pad_to_multiple(batch, 3) is batch
+    padded = pad_to_multiple(batch, 10)
+    assert padded["segments"].tolist() == [[0, 3, 0, 0], [3, 6, 0, 0], [6, 9, 0, 0], [9, 10, 0, 0]]
+    assert padded["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0, 1, 2, 0]]
 
 
 def test_padding_changes_no_log_probability_and_no_gradient() -> None:
@@ -184,6 +189,51 @@ def test_a_run_in_bf16_counts_tokens_without_the_padding(tmp_path: Path, monkeyp
     assert max(lengths[3:]) < 128
     losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (half, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def small_window() -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return MistralForCausalLM(
+        MistralConfig(vocab_size=VOCABULARY, num_hidden_layers=2, sliding_window=16, pad_token_id=0, **shape)
+    )
+
+
+def small_position_table() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=2, pad_token_id=0)
+    )
+
+
+@pytest.mark.parametrize("make", [small_window, small_position_table])
+def test_a_model_that_sees_no_further_than_its_rows_trains_in_bf16(make: Any, tmp_path: Path) -> None:
+    losses = []
+    for bf16 in (True, False):
+        torch.manual_seed(0)
+        model = make()
+        for module in model.modules():  # GPT-2's own default is not 0
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        rows = lm_rows(6, longest=17)
+        one = make_trainer(tmp_path / str(bf16), rows, model=model, eval_rows=rows, bf16=bf16)
+        one.train()
+        losses.append([entry["loss"] for entry in one.state.log_history if "loss" in entry])
+        losses[-1].append(one.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("make", [small_window, small_position_table])
+def test_padded_pairs_fit_where_they_fit_unpadded(make: Any) -> None:
+    model = make().eval()
+    enable_segments(model)
+    batch = collate_pairs(list(pair_rows(3, shortest=6)))  # 8 + 8 tokens at the most
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, _ = token_logprobs(model, batch)
+        padded, _ = token_logprobs(model, pad_to_multiple(batch, 128))
+    torch.testing.assert_close(padded, plain, atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize("count", [3, 5])
