@@ -12,6 +12,7 @@ Light: no torch here.
 import hashlib
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,6 +154,11 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 
 def versions() -> dict[str, str]:
     """Versions of chatalign, Python and the libraries that results depend on; reads metadata, imports nothing."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     import platform
     from importlib import metadata
 

@@ -19,6 +19,7 @@ from chatalign.recipe import DataSection, DatasetSource, ModelSection, Recipe
 from chatalign.runs import RUN_FILE, model_inputs
 
 Kind = Literal["conversation", "text", "preference", "prompt", "unpaired"]
+LookedAt = dict[tuple[str, Kind], list[str]]  # a data section as JSON and its kind of row → the problems of its rows
 STAGE_DATA: dict[str, Kind] = {
     "pretrain": "text",
     "sft": "conversation",
@@ -37,10 +38,13 @@ class Finding:
     problem: ChatalignError | None = None
 
 
-def check_recipe(recipe: Recipe, *, made_later: frozenset[str] = frozenset()) -> Iterator[Finding]:
+def check_recipe(
+    recipe: Recipe, *, made_later: frozenset[str] = frozenset(), looked_at: LookedAt | None = None
+) -> Iterator[Finding]:
     """Check a validated recipe's packages, models, functions and rows, cheapest first.
 
-    `made_later` holds folders that stages of the same pipeline will make.
+    `made_later` holds folders that stages of the same pipeline will make. `looked_at` is given to all of them, so
+    that rows which two stages read alike are read once.
     """
     yield from _packages(recipe)
     for role, section in model_inputs(recipe).items():
@@ -50,12 +54,14 @@ def check_recipe(recipe: Recipe, *, made_later: frozenset[str] = frozenset()) ->
     for name in _functions(recipe):
         yield _function(name)
     yield _output(recipe)
-    yield from _rows(recipe)
+    yield from _rows(recipe, {} if looked_at is None else looked_at)
 
 
-def refuse_first(recipe: Recipe, *, made_later: frozenset[str] = frozenset()) -> None:
+def refuse_first(
+    recipe: Recipe, *, made_later: frozenset[str] = frozenset(), looked_at: LookedAt | None = None
+) -> None:
     """Raise the first problem of :func:`check_recipe`."""
-    for finding in check_recipe(recipe, made_later=made_later):
+    for finding in check_recipe(recipe, made_later=made_later, looked_at=looked_at):
         if finding.problem is not None:
             raise finding.problem
 
@@ -147,7 +153,7 @@ def _output(recipe: Recipe) -> Finding:
     return Finding(f"`output_dir`: {folder}", None if ours else RecipeError(mend))
 
 
-def _rows(recipe: Recipe) -> Iterator[Finding]:
+def _rows(recipe: Recipe, looked_at: LookedAt) -> Iterator[Finding]:
     from chatalign.data.checks import check_data
     from chatalign.data.sources import looks_local
 
@@ -156,7 +162,10 @@ def _rows(recipe: Recipe) -> Iterator[Finding]:
         if not any(Path(source.path).exists() or looks_local(source.path) for source in section.datasets):
             yield Finding(f"rows of {names} as {kind}: on the Hub, not looked at before the run")
             continue
-        problems = check_data(section, kind)
+        alike = (section.model_dump_json(), kind)
+        if alike not in looked_at:
+            looked_at[alike] = check_data(section, kind)
+        problems = looked_at[alike]
         more = f" ({len(problems) - 1} more such problems)" if len(problems) > 1 else ""
         yield Finding(f"rows of {names} as {kind}", DataError(problems[0] + more) if problems else None)
 

@@ -17,6 +17,7 @@ from chatalign.recipe import load_recipe, parse_overrides
 
 if TYPE_CHECKING:
     from chatalign.artifact import Artifact
+    from chatalign.check import LookedAt
     from chatalign.recipe import Recipe
 
 EXIT_REFUSED = 2
@@ -103,13 +104,15 @@ def hand_out(recipe: Recipe) -> None:
         raise HubError(f"{error}; the run itself is finished and kept: `{again}` uploads it") from None
 
 
-def refuse_problems(recipe: Recipe, *, made_later: frozenset[str] = frozenset()) -> None:
-    """Raise for the first problem that ``chatalign check`` finds without a model; `made_later` are folders to come."""
+def refuse_problems(
+    recipe: Recipe, *, made_later: frozenset[str] = frozenset(), looked_at: LookedAt | None = None
+) -> None:
+    """Raise for the first problem that ``chatalign check`` finds without a model; see :func:`check.check_recipe`."""
     from chatalign.check import refuse_first
     from chatalign.runs import is_main_process
 
     if is_main_process():
-        refuse_first(recipe, made_later=made_later)
+        refuse_first(recipe, made_later=made_later, looked_at=looked_at)
 
 
 def guarded(work: Callable[[], None], *, show_traceback: bool = False) -> int:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -23,6 +23,9 @@ from chatalign.phases import account, open_account, overhead, phase
 from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
 from chatalign.runs import finished, locked, open_run, recipe_fingerprint, status
 from chatalign.warm import as_if_alone, import_once
+
+if TYPE_CHECKING:
+    from chatalign.check import LookedAt
 
 STAGE_MODULES = {
     "pretrain": "chatalign.pretrain",
@@ -109,9 +112,10 @@ def run_pipeline(
 def _refuse_what_cannot_run(stages: Mapping[str, Recipe]) -> None:
     """Look at the files of every stage that isn't known to be finished, so that the last one's typo costs no hours."""
     made_later = frozenset(recipe.output_dir for recipe in stages.values())
+    looked_at: LookedAt = {}
     for recipe in stages.values():
         if not (Path(recipe.output_dir) / ARTIFACT_FILE).exists():
-            refuse_problems(recipe, made_later=made_later)
+            refuse_problems(recipe, made_later=made_later, looked_at=looked_at)
 
 
 def _run_one(recipe: Recipe, title: str, force: bool, accelerate_config: str | Path | None) -> str:

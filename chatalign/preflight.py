@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from chatalign.check import Finding, check_recipe, data_sections, tokenizer_finding
+from chatalign.check import Finding, LookedAt, check_recipe, data_sections, tokenizer_finding
 from chatalign.errors import ChatalignError, RecipeError
 from chatalign.recipe import Recipe, load_pipeline, load_recipe, parse_overrides, read_yaml
 
@@ -40,9 +40,10 @@ def print_check(path: str, overrides: Sequence[str]) -> int:
         return 1
     show(Finding(f"{path}: {len(recipes)} recipe{'s' if len(recipes) > 1 else ''} read, keys and values are right"))
     made_later = frozenset(recipe.output_dir for recipe in recipes.values()) if len(recipes) > 1 else frozenset()
+    looked_at: LookedAt = {}
     for name, recipe in recipes.items():
         console.print(f"[bold]{name}[/] ({recipe.stage})")
-        findings = list(check_recipe(recipe, made_later=made_later))
+        findings = list(check_recipe(recipe, made_later=made_later, looked_at=looked_at))
         if all(finding.problem is None for finding in findings) and (last := tokenizer_finding(recipe)):
             findings.append(last)
         for finding in findings:

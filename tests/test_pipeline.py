@@ -13,10 +13,11 @@ import yaml
 
 import chatalign.pipeline as pipeline_module
 from chatalign.artifact import Artifact, hash_files, write_json
+from chatalign.data import checks
 from chatalign.errors import ChatalignError, DataError, HubError, Interrupted, RecipeError
 from chatalign.phases import phase
 from chatalign.pipeline import resolve_stages, run_pipeline
-from chatalign.recipe import Recipe, load_pipeline
+from chatalign.recipe import DataSection, Recipe, load_pipeline
 from chatalign.runs import locked, open_run
 
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -75,6 +76,24 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(pipeline_module, "run_stage", run_stage)
     return names
+
+
+def test_rows_that_two_stages_read_alike_are_looked_at_once(
+    chain: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    check_data = checks.check_data
+
+    def watched(section: DataSection, kind: Any) -> list[str]:
+        looked.append(Path(section.datasets[0].path).name)
+        return check_data(section, kind)
+
+    monkeypatch.setattr(checks, "check_data", watched)
+    run_pipeline(chain)
+    assert looked == ["sft.jsonl", "pairs.jsonl"]
+    looked.clear()
+    run_pipeline(chain, {"output_dir": str(chain.parent / "other"), "dpo.data.on_bad_row": "drop"})
+    assert looked == ["sft.jsonl", "pairs.jsonl", "pairs.jsonl"]
 
 
 def statuses(summary: dict[str, Any]) -> list[str]:

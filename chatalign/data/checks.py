@@ -23,9 +23,10 @@ def check_data(section: DataSection, kind: Kind) -> list[str]:
     problems: list[str] = []
     train: list[str] = []
     held_out: list[str] = []
+    split = bool(section.eval_fraction or section.eval_datasets)  # else nobody asks for the hashes: a fifth of the time
     for sources, hashes in ((section.datasets, train), (section.eval_datasets, held_out)):
         for source in sources:
-            problems += _check_source(source, section, kind, hashes)
+            problems += _check_source(source, section, kind, hashes if split else None)
     remote = any(not Path(source.path).exists() for source in [*section.datasets, *section.eval_datasets])
     if problems or remote:
         return problems
@@ -39,7 +40,8 @@ def check_data(section: DataSection, kind: Kind) -> list[str]:
     return problems
 
 
-def _check_source(source: DatasetSource, section: DataSection, kind: Kind, hashes: list[str]) -> list[str]:
+def _check_source(source: DatasetSource, section: DataSection, kind: Kind, hashes: list[str] | None) -> list[str]:
+    """The problems of one source; the prompt hashes of its good rows are added to `hashes`, where they are wanted."""
     if not Path(source.path).exists():
         return [missing_file(source.path)] if looks_local(source.path) else []
     try:
@@ -52,12 +54,15 @@ def _check_source(source: DatasetSource, section: DataSection, kind: Kind, hashe
     for where, columns in rows:
         try:
             format_ = format_ or format_of(source, columns, kind)
-            hashes.append(prompt_hash(normalise(columns, source, format_, kind)))
+            row = normalise(columns, source, format_, kind)
             good += 1
         except BadRow as bad:
             problems.append(f"{where}: {bad}")
         except DataError as error:
             return [str(error)]
+        else:
+            if hashes is not None:
+                hashes.append(prompt_hash(row))
     if section.on_bad_row == "drop":
         return [] if good else [f"{source.path}: not one of {len(rows)} rows is good; the first: {problems[0]}"]
     if len(problems) > SHOWN:
