@@ -60,19 +60,19 @@ def _pictures(folder: Path, summary: Mapping[str, Any]) -> tuple[list[_Picture],
     stages = {stage["name"]: read_metrics(folder / stage["name"] / METRICS_FILE) for stage in summary["stages"]}
     models = summary.get("eval", {})
     baseline = baseline_of(models)
-    drawings: dict[tuple[str, str], Callable[[bool], bytes | None]] = {
-        ("win_rates", "Win rates"): lambda dark: plots.win_rates(models, baseline, dark=dark),
-        ("reward_kl", "Reward against KL"): lambda dark: plots.reward_against_kl(models, baseline, dark=dark),
-        ("loss", "Loss, stage by stage"): lambda dark: plots.stage_curves(stages, _LOSSES, "loss", dark=dark),
-        ("reward", "Reward and accuracy"): lambda dark: plots.stage_curves(stages, _REWARDS, "", dark=dark),
-        ("kl", "KL to the reference"): lambda dark: plots.stage_curves(stages, _KLS, "nats a reply", dark=dark),
+    drawings: dict[tuple[str, str], Callable[[], plots.Figure | None]] = {
+        ("win_rates", "Win rates"): lambda: plots.win_rates(models, baseline),
+        ("reward_kl", "Reward against KL"): lambda: plots.reward_against_kl(models, baseline),
+        ("loss", "Loss, stage by stage"): lambda: plots.stage_curves(stages, _LOSSES, "loss"),
+        ("reward", "Reward and accuracy"): lambda: plots.stage_curves(stages, _REWARDS, ""),
+        ("kl", "KL to the reference"): lambda: plots.stage_curves(stages, _KLS, "nats a reply"),
     }
     pictures = []
     try:
         for (name, title), draw in drawings.items():
-            light, dark = draw(False), draw(True)
-            if light is not None and dark is not None:
-                pictures.append(_Picture(name, title, light, dark))
+            figure = draw()
+            if figure is not None:
+                pictures.append(_Picture(name, title, plots.light_png(figure), plots.dark_png(figure)))
     except DependencyError as error:
         return [], str(error)
     return pictures, ""

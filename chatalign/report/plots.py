@@ -1,4 +1,4 @@
-"""Plots from metrics.jsonl and eval.json, as PNG bytes; matplotlib without its global state."""
+"""Plots from metrics.jsonl and eval.json, as figures and PNG bytes; matplotlib without its global state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from chatalign.errors import DependencyError
 
 Lines = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
 Curves = Mapping[str, tuple[list[float], list[float]]]  # metric → steps, values
+Figure = Any  # matplotlib's, which may not be installed
 NO_MATPLOTLIB = 'no plots: matplotlib isn\'t installed; pip install "chatalign[report]" and run the report again'
+
+
+class Colours(NamedTuple):
+    """Of text, background and lines."""
+
+    ink: str
+    paper: str
+    grid: str
 
 
 class Panel(NamedTuple):
@@ -48,6 +57,8 @@ PANELS: tuple[Panel, ...] = (
 )
 _HEIGHT = 2.9  # inches, of every plot of curves
 _COLOURS = ("#2f6fde", "#d9622b", "#2a9d6f", "#9b59b6", "#c2a000", "#6b7280")
+_LIGHT = Colours(ink="#22262e", paper="#ffffff", grid="#e3e6eb")
+_DARK = Colours(ink="#e6e6e6", paper="#1b1e24", grid="#3a3f4a")
 _CJK_FONTS = (
     "Noto Sans CJK SC",
     "Source Han Sans SC",
@@ -64,7 +75,7 @@ def run_plots(lines: Lines) -> dict[str, bytes]:
     pictures: dict[str, bytes] = {}
     if not filled:
         return pictures
-    with _look(dark=False):
+    with _look():
         figure, (axes,) = _figure(1, height=_HEIGHT, width=6.4, fixed_margins=True)
         for panel, curves in filled.items():
             _draw(axes, panel.name.replace("_", " "), panel.label, curves)
@@ -83,26 +94,26 @@ def curves_of(lines: Lines, keys: Sequence[str]) -> dict[str, tuple[list[float],
     return curves
 
 
-def stage_curves(stages: Mapping[str, Lines], keys: Sequence[str], label: str, *, dark: bool) -> bytes | None:
+def stage_curves(stages: Mapping[str, Lines], keys: Sequence[str], label: str) -> Figure | None:
     """One panel a stage side by side, each on its own scale; None where no stage logged any of `keys`."""
     panels = {name: curves for name, lines in stages.items() if (curves := curves_of(lines, keys))}
     if not panels:
         return None
     width = 6.4 if len(panels) == 1 else 3.4 * len(panels)
-    with _look(dark=dark):
+    with _look():
         figure, all_axes = _figure(len(panels), height=_HEIGHT, width=width, fixed_margins=True)
         for axes, (name, curves) in zip(all_axes, panels.items(), strict=True):
             _draw(axes, name, label, curves)
-        return _png(figure)
+    return figure
 
 
-def win_rates(models: Mapping[str, Mapping[str, Any]], baseline: str, *, dark: bool) -> bytes | None:
+def win_rates(models: Mapping[str, Mapping[str, Any]], baseline: str) -> Figure | None:
     """A dot with its confidence interval for each model that has a win rate; None where none has."""
     colours = _model_colours(models)
     rows = [(name, row) for name, row in models.items() if _number(row, "win_rate")]
     if not rows:
         return None
-    with _look(dark=dark):
+    with _look():
         figure, (axes,) = _figure(1, height=0.9 + 0.45 * len(rows), width=6.4)
         for place, (name, row) in enumerate(reversed(rows)):
             rate, colour = row["win_rate"], colours[name]
@@ -115,16 +126,16 @@ def win_rates(models: Mapping[str, Mapping[str, Any]], baseline: str, *, dark: b
         axes.set_ylim(-0.6, len(rows) - 0.3)
         axes.set_xlim(0, 1)
         axes.set_xlabel(f"win rate against {baseline} (ties ½, 95 % interval)")
-        return _png(figure)
+    return figure
 
 
-def reward_against_kl(models: Mapping[str, Mapping[str, Any]], baseline: str, *, dark: bool) -> bytes | None:
+def reward_against_kl(models: Mapping[str, Mapping[str, Any]], baseline: str) -> Figure | None:
     """Gold reward (or the RM's score) over the distance from the baseline; None without two such models."""
     key = next((key for key in ("gold_mean", "rm_score") if any(_number(row, key) for row in models.values())), None)
     points = {name: row for name, row in models.items() if key and _number(row, key) and _number(row, "kl")}
     if key is None or len(points) < 2:
         return None
-    with _look(dark=dark):
+    with _look():
         figure, (axes,) = _figure(1, height=3.0, width=6.4)
         for name, row in points.items():
             axes.plot([row["kl"]], [row[key]], "o", color=_model_colours(models)[name], markersize=8, label=name)
@@ -132,7 +143,32 @@ def reward_against_kl(models: Mapping[str, Mapping[str, Any]], baseline: str, *,
         axes.legend(frameon=False, fontsize=8)
         axes.set_xlabel(f"KL from {baseline}, nats a reply")
         axes.set_ylabel("mean gold reward" if key == "gold_mean" else "mean RM score")
+    return figure
+
+
+def light_png(figure: Figure) -> bytes:
+    """A figure as it was drawn."""
+    with _look():
         return _png(figure)
+
+
+def dark_png(figure: Figure) -> bytes:
+    """The same figure for dark pages; call it after :func:`light_png`, for it changes the figure's colours for good.
+
+    To make it anew, and lay it out again, would take longer.
+    """
+    from matplotlib.text import Text
+
+    figure.set_layout_engine("none")  # all stays where light_png laid it
+    figure.set_facecolor(_DARK.paper)
+    for axes in figure.axes:
+        axes.set_facecolor(_DARK.paper)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(_DARK.grid)
+        axes.tick_params(colors=_DARK.ink, grid_color=_DARK.grid)
+    for text in figure.findobj(Text):
+        text.set_color(_DARK.ink)
+    return light_png(figure)
 
 
 def _model_colours(models: Mapping[str, Any]) -> dict[str, str]:
@@ -168,13 +204,13 @@ def _wipe(axes: Any) -> None:
 
 
 @contextmanager
-def _look(*, dark: bool) -> Iterator[None]:
+def _look() -> Iterator[None]:
     """The reports' look, for everything drawn inside; raises DependencyError without matplotlib."""
     try:
         from matplotlib import font_manager, rc_context
     except ImportError:
         raise DependencyError(NO_MATPLOTLIB) from None
-    ink, paper, grid = ("#e6e6e6", "#1b1e24", "#3a3f4a") if dark else ("#22262e", "#ffffff", "#e3e6eb")
+    ink, paper, grid = _LIGHT
     installed = {font.name for font in font_manager.fontManager.ttflist}
     look: dict[Any, Any] = {
         # A stage or model may be named in Chinese; only fonts that are there, or each glyph warns.

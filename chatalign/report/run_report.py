@@ -14,7 +14,7 @@ from chatalign.errors import DependencyError
 from chatalign.metrics_file import METRICS_FILE, read_metrics
 from chatalign.report.headline import duration, headline
 from chatalign.report.markdown import baseline_of, evaluation_sections, markdown_table, section
-from chatalign.report.plots import reward_against_kl, run_plots, win_rates
+from chatalign.report.plots import light_png, reward_against_kl, run_plots, win_rates
 
 REPORT_FILE = "report.md"
 PLOTS_FOLDER = "plots"
@@ -62,12 +62,12 @@ def _write_plots(folder: Path) -> tuple[list[str], str]:
     models = read_evaluation(folder).get("models", {})
     try:
         pictures = run_plots(read_metrics(folder / METRICS_FILE))
-        for name, picture in (
-            ("win_rates", win_rates(models, baseline_of(models), dark=False)),
-            ("reward_kl", reward_against_kl(models, baseline_of(models), dark=False)),
+        for name, figure in (
+            ("win_rates", win_rates(models, baseline_of(models))),
+            ("reward_kl", reward_against_kl(models, baseline_of(models))),
         ):
-            if picture is not None:
-                pictures[name] = picture
+            if figure is not None:
+                pictures[name] = light_png(figure)
     except DependencyError as error:
         return [], f"*{error}*"
     for name, picture in pictures.items():

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from chatalign.artifact import Artifact, BaseModelRef, DataUsed, Parent, fingerprint
 from chatalign.errors import ArtifactError
-from chatalign.report import print_evaluation, print_pipeline_summary, write_pipeline_report, write_run_report
+from chatalign.report import plots, print_evaluation, print_pipeline_summary, write_pipeline_report, write_run_report
 from chatalign.report.headline import duration, headline
 from chatalign.report.markdown import markdown_table
 from chatalign.report.plots import PANELS, curves_of, run_plots
@@ -115,6 +115,25 @@ def test_a_pipeline_report_stands_alone(pipeline: Any) -> None:
     assert "Win rates are against sft" in html
     for name in ("win_rates", "reward_kl", "loss", "reward", "kl"):
         assert (folder / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["win_rates", "reward_kl", "curves", "many curves"])
+def test_a_figure_made_dark_is_the_one_drawn_in_dark_colours(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"step": step, "loss": 1.0 / step, "eval_loss": 2.0 / step} for step in range(1, 40)]
+
+    def draw() -> Any:
+        if kind == "win_rates":
+            return plots.win_rates(MODELS, "sft")
+        if kind == "reward_kl":
+            return plots.reward_against_kl(MODELS, "sft")
+        stages = {"sft": lines} if kind == "curves" else {"sft": lines, "dpo": lines[:9], "ppo": lines[5:20]}
+        return plots.stage_curves(stages, ("loss",), "nats")
+
+    figure = draw()
+    light, dark = plots.light_png(figure), plots.dark_png(figure)
+    assert light == plots.light_png(draw())
+    monkeypatch.setattr(plots, "_LIGHT", plots._DARK)
+    assert light != dark == plots.light_png(draw())
 
 
 def test_a_pipeline_report_in_markdown(pipeline: Any) -> None:
