@@ -18,6 +18,15 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+# What torch and oneDNN read when they start, for training on a CPU (measured: SFT of 7M weights in bf16, 0.75 of the
+# memory at the same speed). Large blocks on huge pages are given back when they are freed, instead of being kept in
+# pieces; a compiled kernel is kept for the shapes of a step, not for the last 1,024 shapes.
+_SPARING = {
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24",
+    "LRU_CACHE_CAPACITY": "24",
+}
+
 
 def import_once(name: str) -> ModuleType:
     """Import a stage's module; in a process that hasn't torch yet, without the garbage collector.
@@ -25,6 +34,8 @@ def import_once(name: str) -> ModuleType:
     The imports make a million objects and no garbage, and collections take a third of their time. Frozen, they are
     not walked by later collections either, training's and the one at the process's end among them.
     """
+    if "torch" not in sys.modules:
+        os.environ.update({name: value for name, value in _SPARING.items() if name not in os.environ})
     if "torch" in sys.modules or not gc.isenabled():  # then others' objects are about: they mustn't be kept for good
         return import_module(name)
     gc.collect()

@@ -108,18 +108,22 @@ def test_a_stage_imports_nothing_unasked_before_its_first_step(recipe: Path) -> 
 @pytest.mark.slow
 def test_a_fresh_process_imports_a_stage_without_collecting_and_keeps_it_out_of_later_collections() -> None:
     code = (
-        "import gc, json\n"
+        "import gc, json, os\n"
+        "os.environ['LRU_CACHE_CAPACITY'] = '7'\n"
         "from chatalign.warm import import_once\n"
         "before = gc.get_stats()[2]['collections']\n"
         "import_once('chatalign.sft')\n"
         "after = gc.get_stats()[2]['collections']\n"
         "frozen = gc.get_freeze_count()\n"
         "import_once('chatalign.dpo')\n"
-        "print(json.dumps([after - before, frozen, gc.get_freeze_count(), gc.isenabled()]))"
+        "names = ['THP_MEM_ALLOC_ENABLE', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY']\n"
+        "allocation = [os.environ[name] for name in names]\n"
+        "print(json.dumps([after - before, frozen, gc.get_freeze_count(), gc.isenabled(), allocation]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    collections, frozen, later, enabled = json.loads(done.stdout.splitlines()[-1])
+    collections, frozen, later, enabled, allocation = json.loads(done.stdout.splitlines()[-1])
     assert collections == 1, "but the one that is asked for"
     assert frozen > 100_000
     assert later == frozen, "a process that has torch may hold a model: it must not be frozen"
     assert enabled
+    assert allocation == ["1", "24", "7"], "what keeps a training's memory small, but for what the user set"

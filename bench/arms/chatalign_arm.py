@@ -61,7 +61,9 @@ def probe_loss(trainer: Any) -> float:
 def main() -> None:
     """Run the stage and write what was measured."""
     import chatalign
+    from chatalign.warm import import_once
 
+    import_once(f"chatalign.{STAGE}")  # as the command does, before anything imports torch
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "recipe.yaml"
         file.write_text(yaml.safe_dump(recipe(Path(name))))

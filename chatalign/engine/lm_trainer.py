@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from chatalign.engine.batching import Batch
-from chatalign.engine.loss_head import token_logprobs
+from chatalign.engine.loss_head import sum_of_logprobs
 from chatalign.engine.trainer import Items, Metrics, StageTrainer
 
 _LARGEST_EXPONENT = 80.0
@@ -27,8 +27,7 @@ class LmTrainer(StageTrainer):
         self, model: nn.Module, batch: Batch, num_items: float | Tensor
     ) -> tuple[Tensor, Metrics]:
         """The summed negative log-likelihood over the step's number of targets."""
-        logps_K, _ = token_logprobs(model, batch)
-        return -logps_K.sum() / num_items, {}
+        return -sum_of_logprobs(model, batch) / num_items, {}
 
     def derive(self, means: dict[str, float]) -> dict[str, float]:
         """Perplexity beside the loss."""

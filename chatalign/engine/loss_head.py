@@ -23,9 +23,9 @@ from chatalign.engine.attention import segment_inputs
 from chatalign.engine.isolation import unwrapped
 from chatalign.maths import logprobs
 
-# Below this many bytes of fp32 logits the plain head is as fast (measured on a CPU) and its memory does not matter.
-_PLAIN_LOGITS_BYTES = 32 * 2**20
-_CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+# Of fp32 logits. Below the first the plain head is as fast and small; a CPU's chunks should stay near its caches.
+_PLAIN_LOGITS_BYTES = 8 * 2**20
+_CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 # A CPU's bf16 kernels are compiled for each new shape: 1.5 × the time of a step's products (measured, AMX).
 HALF_MULTIPLE = 128
 
@@ -37,16 +37,25 @@ class _Request:
     entropy: bool
     entropy_grad: bool
     chunk: int
+    weights: Tensor | None = None  # (K,): the weighted sum is all that is asked for
 
 
 _REQUEST: ContextVar[_Request | None] = ContextVar("chatalign_logprobs", default=None)
 
 
 def _output_layer_forward(layer: nn.Linear, hidden: Tensor) -> Tensor:
-    """The output layer's forward pass: logits, or (1, K, 2) log-probabilities and entropies where asked for."""
+    """The output layer's forward pass: logits, or what is asked for.
+
+    That is (1, K, 2) log-probabilities and entropies, or the weighted sum of log-probabilities as (1, 1, 1).
+    """
     request = _REQUEST.get()
     if request is None:
         return nn.functional.linear(hidden, layer.weight, layer.bias)
+    if request.weights is not None:
+        total = logprobs.chunked_linear_logprob_sum(
+            hidden.flatten(0, -2), layer.weight, layer.bias, request.targets, request.weights, request.chunk
+        )
+        return total.view(1, 1, 1)
     logps_K, entropy_K = logprobs.chunked_linear_logprobs(
         hidden.flatten(0, -2),
         layer.weight,
@@ -102,13 +111,35 @@ def token_logprobs(
 
     `model` is the model as it is trained, wrappers and all. The entropy carries a gradient with `entropy_grad`.
     """
+    padded, extra = _rounded_up(batch)
+    logps_K, entropy_K = _token_logprobs(model, padded, temperature, entropy, entropy_grad)
+    if not extra:
+        return logps_K, entropy_K
+    return logps_K[:-extra], None if entropy_K is None else entropy_K[:-extra]
+
+
+def sum_of_logprobs(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Σ log p of a flat batch's targets, one number in nats: what :func:`token_logprobs` gives, summed, for less."""
+    padded, extra = _rounded_up(batch)
+    chunk = _chunk_tokens(model, padded["targets"])
+    if not chunk:
+        return token_logprobs(model, batch)[0].sum()
+    weights_K = torch.ones(len(padded["targets"]), device=padded["targets"].device)
+    weights_K[len(weights_K) - extra :] = 0
+    request = _Request(padded["targets"], 1.0, entropy=False, entropy_grad=False, chunk=chunk, weights=weights_K)
+    with _asking(request):
+        total: Tensor = model(**segment_inputs(padded), logits_to_keep=padded["predict_positions"]).logits
+    return total.sum()
+
+
+def _rounded_up(batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The batch with so many targets repeated at its end that half-precision kernels meet few shapes; how many."""
     targets, kept = batch["targets"], batch["predict_positions"]
     extra = -len(kept) % HALF_MULTIPLE if kept.device.type == "cpu" and torch.is_autocast_enabled("cpu") else 0
-    if extra and len(kept):
-        padded = {"targets": _repeat_last(targets, extra), "predict_positions": _repeat_last(kept, extra)}
-        logps_K, entropy_K = _token_logprobs(model, batch | padded, temperature, entropy, entropy_grad)
-        return logps_K[:-extra], None if entropy_K is None else entropy_K[:-extra]
-    return _token_logprobs(model, batch, temperature, entropy, entropy_grad)
+    if not extra or not len(kept):
+        return batch, 0
+    more = {"targets": _repeat_last(targets, extra), "predict_positions": _repeat_last(kept, extra)}
+    return batch | more, extra
 
 
 def _repeat_last(values_K: Tensor, extra: int) -> Tensor:

@@ -5,7 +5,7 @@ Each file names its shapes at the top and each function its source. Everything a
 
 from chatalign.maths.gae import gae, response_mask, token_rewards
 from chatalign.maths.kl import AdaptiveKLController, FixedKLController, k1, k2, k3, kl_exact
-from chatalign.maths.linear_logprobs import chunked_linear_logprobs
+from chatalign.maths.linear_logprobs import chunked_linear_logprob_sum, chunked_linear_logprobs
 from chatalign.maths.logprobs import entropy, mean_by_sequence, selected_logprobs, sum_by_sequence
 from chatalign.maths.masked import (
     Moments,
@@ -41,6 +41,7 @@ __all__ = [
     "ScoreNormaliser",
     "ValueLoss",
     "bradley_terry_loss",
+    "chunked_linear_logprob_sum",
     "chunked_linear_logprobs",
     "dpo_loss",
     "entropy",

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from chatalign.maths.linear_logprobs import chunked_linear_logprobs
+from chatalign.maths.linear_logprobs import chunked_linear_logprob_sum, chunked_linear_logprobs
 from chatalign.maths.masked import at_least_fp32
 
-__all__ = ["chunked_linear_logprobs", "entropy", "mean_by_sequence", "selected_logprobs", "sum_by_sequence"]
+__all__ = [
+    "chunked_linear_logprob_sum",
+    "chunked_linear_logprobs",
+    "entropy",
+    "mean_by_sequence",
+    "selected_logprobs",
+    "sum_by_sequence",
+]
 
 
 def selected_logprobs(logits_KV: Tensor, targets_K: Tensor, temperature: float = 1.0) -> Tensor:

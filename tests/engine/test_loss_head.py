@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 from chatalign.data.collate import collate_lm
 from chatalign.engine import loss_head
 from chatalign.engine.isolation import enable_segments
-from chatalign.engine.loss_head import enable_chunked_head, token_logprobs
+from chatalign.engine.loss_head import enable_chunked_head, sum_of_logprobs, token_logprobs
 
 from .stand_ins import VOCABULARY, lm_rows
 
@@ -59,6 +59,29 @@ def test_chunked_is_plain(options: dict[str, bool], lora: bool, monkeypatch: pyt
     assert chunked[2].keys() == plain[2].keys()
     for name, gradient in plain[2].items():
         torch.testing.assert_close(chunked[2][name], gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_sum_is_that_of_the_tokens(lora: bool, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama(VOCABULARY)
+    if lora:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
+    enable_segments(model)
+    assert enable_chunked_head(model)
+    found = []
+    for limit, total in ((10**9, sum_of_logprobs), (0, sum_of_logprobs), (0, lambda *a: token_logprobs(*a)[0].sum())):
+        monkeypatch.setattr(loss_head, "_PLAIN_LOGITS_BYTES", limit)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = -total(model, batch()) / 7
+        loss.backward()
+        found.append((loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    close = {"atol": 2e-2, "rtol": 2e-2} if half else {"atol": 1e-5, "rtol": 1e-5}
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=close["rtol"])
+        for ours, theirs in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(ours, theirs, **close)
 
 
 def test_entropy_carries_no_gradient_unless_asked() -> None:

@@ -7,8 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from chatalign.maths import chunked_linear_logprobs, entropy, mean_by_sequence, selected_logprobs, sum_by_sequence
+from chatalign.maths import (
+    chunked_linear_logprob_sum,
+    chunked_linear_logprobs,
+    entropy,
+    mean_by_sequence,
+    selected_logprobs,
+    sum_by_sequence,
+)
 
 K, D, V = 23, 8, 37
 
@@ -201,12 +209,69 @@ def test_sums_and_means_by_sequence() -> None:
     assert values_K.grad.tolist() == [1, 0, 1, 1]
 
 
+@pytest.mark.parametrize("chunk", [1, 5, K, 1000])
+@pytest.mark.parametrize("trained", ["nothing", "hidden", "all", "weight", "bias"])
+def test_a_sum_is_the_plain_sum_with_gradients(head: tuple[Tensor, ...], chunk: int, trained: str) -> None:
+    *inputs, targets_K = head
+    for name, tensor in zip(("hidden", "weight", "bias"), inputs, strict=True):
+        tensor.requires_grad_(trained in (name, "all"))
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    weights_K = torch.linspace(-1, 1, K)
+    ours = chunked_linear_logprob_sum(*inputs, targets_K, weights_K, chunk)
+    theirs = (plain(*inputs, targets_K, 1.0, None)[0] * weights_K).sum()
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6)
+    assert ours.requires_grad == bool(wanted)
+    if not wanted:
+        return
+    for our_grad, their_grad in zip(
+        torch.autograd.grad(-0.3 * ours, wanted), torch.autograd.grad(-0.3 * theirs, wanted), strict=True
+    ):
+        torch.testing.assert_close(our_grad, their_grad, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sum_in_double_passes_gradcheck_and_an_empty_one_is_0(head: tuple[Tensor, ...]) -> None:
+    inputs, targets_K = [tensor.double().requires_grad_() for tensor in head[:3]], head[3]
+
+    def total(*tensors: Tensor) -> Tensor:
+        return chunked_linear_logprob_sum(*tensors, targets_K, torch.linspace(0, 2, K), 7)
+
+    assert torch.autograd.gradcheck(total, inputs)
+    nothing = chunked_linear_logprob_sum(inputs[0][:0], *inputs[1:], targets_K[:0], torch.zeros(0))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert not inputs[1].grad.any()
+
+
+def test_a_sum_s_scale_is_not_rounded_to_bf16(head: tuple[Tensor, ...]) -> None:
+    # 1/300 in bf16 is 0.2 % less: every gradient would be bent the same way.
+    hidden_KD, weight_VD = (tensor.bfloat16().requires_grad_() for tensor in head[:2])
+    gradients = []
+    for scale in (1.0, 1 / 300):
+        total = chunked_linear_logprob_sum(hidden_KD, weight_VD, None, head[3], torch.ones(K), 5)
+        gradients.append([x.float() for x in torch.autograd.grad(total * scale, (hidden_KD, weight_VD))])
+    for whole, part in zip(*gradients, strict=True):
+        assert (300 * (part * whole).sum() / (whole * whole).sum()).item() == pytest.approx(1, abs=8e-4)
+        torch.testing.assert_close(part * 300, whole, atol=1e-4, rtol=0.01)  # each rounded once
+
+
+def test_a_sum_multiplies_by_the_head_three_times(head: tuple[Tensor, ...]) -> None:
+    # In bf16, where no product is added in place, which the counter would not see.
+    hidden_KD, weight_VD, bias_V = (tensor.bfloat16().requires_grad_() for tensor in head[:3])
+    with FlopCounterMode(display=False) as counted:
+        chunked_linear_logprob_sum(hidden_KD, weight_VD, bias_V, head[3], torch.ones(K), 5).backward()
+    assert counted.get_total_flops() == 3 * 2 * K * D * V
+
+
 def test_shapes_that_do_not_fit_are_refused(head: tuple[Tensor, ...]) -> None:
     hidden_KD, weight_VD, bias_V, targets_K = head
     with pytest.raises(ValueError, match="do not fit"):
         chunked_linear_logprobs(hidden_KD, weight_VD, bias_V, targets_K[:-1])
     with pytest.raises(ValueError, match="positive"):
         chunked_linear_logprobs(hidden_KD, weight_VD, bias_V, targets_K, 0)
+    with pytest.raises(ValueError, match="positive"):
+        chunked_linear_logprobs(hidden_KD, weight_VD, bias_V, targets_K, temperature=0)
+    with pytest.raises(ValueError, match="differ"):
+        chunked_linear_logprob_sum(hidden_KD, weight_VD, bias_V, targets_K, torch.ones(1))
     with pytest.raises(ValueError, match="last dimension"):
         selected_logprobs(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"must both be \(K,\)"):
