@@ -92,11 +92,11 @@ def run(arm: Arm, work: str, size: str, out: Path, core: int | None) -> dict | N
 
 
 def check_parity(results: list[dict]) -> list[str]:
-    """The arms of one work whose loss on the probe rows is not chatalign's; a reward arm with another head is named."""
+    """The arms of one work whose loss on the probe rows is not chatalign's, where it ran in the same precision."""
     ours = {r["dtype"]: r["probe_loss"] for r in results if r["arm"].startswith("chatalign")}
     found = {}
     for r in results:
-        if abs(r["probe_loss"] - ours[r["dtype"]]) > SAME_LOSS[r["dtype"]]:
+        if r["dtype"] in ours and abs(r["probe_loss"] - ours[r["dtype"]]) > SAME_LOSS[r["dtype"]]:
             found[r["arm"]] = f"{r['arm']} on {r['work']} {r['model']}: loss {r['probe_loss']:.6f}, "
             found[r["arm"]] += f"chatalign's {ours[r['dtype']]:.6f}"
     return list(found.values())

@@ -28,6 +28,7 @@ from chatalign.engine.batching import (
     row_lengths,
     to_device,
 )
+from chatalign.engine.heap import give_back_free_pages
 from chatalign.engine.isolation import computes_in_half
 from chatalign.engine.levers import choose, hardware
 from chatalign.engine.loss_head import HALF_MULTIPLE
@@ -162,6 +163,13 @@ class StageTrainer(SealedTrainer):
         self._tokens += 0 if filler else count_tokens(inputs)
         self._watch(loss, "loss")
         return loss * (0 if filler else self.args.world_size)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch forward and backward; on a CPU the pages that it leaves empty are then given back."""
+        loss = super().training_step(*args, **kwargs)
+        if self.args.device.type == "cpu":
+            give_back_free_pages()
+        return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
