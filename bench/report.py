@@ -34,9 +34,12 @@ BARS = {
     "reward-short": (2.2, 3.0),
     "reward-long": (2.2, 3.0),
 }
+LORA_BAR = (1.3, 1.5)  # over our own full fine-tuning
 # Part of bench/data_prep.py: (bar, goal) against the best peer arm.
 DATA_BARS = {"cpu": (2.0, 4.0), "wall": (3.0, 4.0), "pairs": (2.0, 4.0)}
 DATA_PARTS = {"cpu": "rows, a core", "wall": "rows, 4 workers by the clock", "pairs": "pairs, a core"}
+# Metric of bench/startup.py: what must be below it, the bar, the goal; a ratio is to `trl sft`.
+LIGHT, LIGHT_BAR, FIRST_STEP_BAR, CHAIN_BAR = "startup/light", (0.3, 0.15), (0.6, 0.4), (15, 8)
 FLAT = 1.1  # the memory that the most rows may take, over what the fewest do
 MEMORY_BARS = {"sft": 0.8, "sft-lora": 1.0, "dpo-short": 0.6, "dpo-long": 0.6, "reward-short": 1.0, "reward-long": 1.0}
 
@@ -85,9 +88,10 @@ def training_tables(results: Sequence[Result]) -> list[str]:
     for result in results:
         groups[result["work"], result["model"]].append(result)
     head = [
-        "| work | model | best arms | speed: ours / peer | bar, goal | over the floor | memory: ours / peer | bar |"
+        "| work | model | best arms | speed: ours / peer | bar, goal | over the floor | memory: ours / peer | bar "
+        "| passes |"
     ]
-    head.append("|---|---|---|---|---|---|---|---|")
+    head.append("|---" * 9 + "|")
     tables: list[str] = []
     order = {work: i for i, work in enumerate(BARS)}
     for (work, size), group in sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1])):
@@ -99,13 +103,28 @@ def training_tables(results: Sequence[Result]) -> list[str]:
         floor = max(floors, key=lambda name: speed(arms[name]), default=None)
         bar, goal = BARS[work]
         memory = median(r["peak_mb"] for r in arms[ours]) / median(r["peak_mb"] for r in arms[peer])
-        over = spread(ratios(arms[ours], arms[floor])) if floor else "–"
+        faster, over = ratios(arms[ours], arms[peer]), ratios(arms[ours], arms[floor]) if floor else []
+        fails = [
+            name for name, short in (("speed", median(faster) < bar), ("floor", over and median(over) < 0.9)) if short
+        ]
+        fails += ["memory"] if memory > MEMORY_BARS[work] else []
         head.append(
-            f"| {work} | {size} | {ours} / {peer} | {spread(ratios(arms[ours], arms[peer]))} × | ≥ {bar}, {goal} "
-            f"| {over} | {memory:.2f} | ≤ {MEMORY_BARS[work]} |"
+            f"| {work} | {size} | {ours} / {peer} | {spread(faster)} × | ≥ {bar}, {goal} | {spread(over)} "
+            f"| {memory:.2f} | ≤ {MEMORY_BARS[work]} | {'all but ' + ' and '.join(fails) if fails else 'yes'} |"
         )
         tables += arms_table(work, size, arms)
-    return [*head, *tables]
+    return [*head, *lora_lines(groups), *tables]
+
+
+def lora_lines(groups: dict[tuple[str, str], list[Result]]) -> list[str]:
+    """LoRA over our own full fine-tuning, by size and precision."""
+    lines: list[str] = []
+    for size in sorted({size for work, size in groups if work == "sft-lora"}):
+        full, lora = (by_arm(groups.get((work, size), [])) for work in ("sft", "sft-lora"))
+        for arm in sorted(name for name in lora if name.startswith(OURS) and name in full):
+            over = spread(ratios(lora[arm], full[arm]))
+            lines.append(f"| {size} | {arm} | {over} × | ≥ {LORA_BAR[0]}, {LORA_BAR[1]} |")
+    return ["", "| model | LoRA over full, ours | speed | bar, goal |", "|---|---|---|---|", *lines] if lines else []
 
 
 def arms_table(work: str, size: str, arms: dict[str, list[Result]]) -> list[str]:
@@ -134,6 +153,28 @@ def metric_table(results: Sequence[Result]) -> list[str]:
         digits = 3 if unit == "s" else 0
         lines.append(f"| {bench} | {arm} | {metric} | {spread(values, digits)} {unit} | {len(values)} |")
     return lines
+
+
+def startup_table(results: Sequence[Result]) -> list[str]:
+    """What starts, by its bar: medians by the clock."""
+    walls, rows = defaultdict(list), []
+    for r in results:
+        if r["metric"] in ("wall_s", "overhead_s"):
+            walls[r["bench"], r["arm"], r["metric"]].append(float(r["value"]))
+    for (bench, arm, metric), values in walls.items():
+        if bench == LIGHT and arm.startswith(OURS):
+            rows.append((arm, values, "s", LIGHT_BAR))
+        elif metric == "overhead_s":
+            rows.append((f"{arm}: beside its loops", values, "s", CHAIN_BAR))
+    first = [walls.get(("startup/first-step", arm, "wall_s"), []) for arm in ("chatalign sft", "trl sft")]
+    if all(first):
+        over = [ours / theirs for ours, theirs in zip(*first, strict=False)]
+        rows.append(("start to first step, over `trl sft`", over, "×", FIRST_STEP_BAR))
+    lines = ["| what | median (smallest–largest) | bar, goal | passes |", "|---|---|---|---|"]
+    for name, values, unit, (bar, goal) in rows:
+        passes = "yes" if median(values) <= bar else "no"
+        lines.append(f"| {name} | {spread(values)} {unit} | ≤ {bar}, {goal} | {passes} |")
+    return [*lines, ""]
 
 
 def data_tables(results: Sequence[Result]) -> list[str]:
@@ -254,7 +295,7 @@ def main() -> None:
     if found := read("data_prep"):
         lines += ["## Data preparation", "", *data_tables(found), ""]
     if found := read("startup"):
-        lines += ["## Start-up and chains", "", *metric_table(found), ""]
+        lines += ["## Start-up and chains", "", *startup_table(found), *metric_table(found), ""]
     if (ROOT / "bench" / "scaling.png").is_file():
         lines += ["## How cost grows", "", "![Cost against rows, length, vocabulary, size, processes](scaling.png)", ""]
     lines += ["## Versions", "", *versions(training), "", "Not measured, since they don't run here:", ""]

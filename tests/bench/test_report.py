@@ -59,7 +59,45 @@ def test_the_best_peer_is_the_fastest_and_never_the_floor_or_us(bench):
     assert bench["report"].best(arms, ours=False) == "llamafactory-tuned-float32"
     assert bench["report"].best(arms, ours=True) == "chatalign-default-float32"
     row = bench["report"].training_tables(results)[2]
-    assert "| 2.00 (2.00–2.00) × | ≥ 1.3, 1.6 | 1.25 (1.25–1.25) | 1.00 | ≤ 0.8 |" in row
+    assert "| 2.00 (2.00–2.00) × | ≥ 1.3, 1.6 | 1.25 (1.25–1.25) | 1.00 | ≤ 0.8 | all but memory |" in row
+    results[0] |= {"items_per_cpu_s": 30, "peak_mb": 80}
+    assert (
+        "| 0.75 (0.75–0.75) | 0.80 | ≤ 0.8 | all but speed and floor |" in bench["report"].training_tables(results)[2]
+    )
+
+
+def test_lora_is_held_against_our_own_full_fine_tuning(bench):
+    results = [
+        result("chatalign-default-float32", 20),
+        result("chatalign-default-float32", 30) | {"work": "sft-lora"},
+        result("trl-tuned-float32", 20) | {"work": "sft-lora"},
+    ]
+    assert "| 7M | chatalign-default-float32 | 1.50 (1.50–1.50) × | ≥ 1.3, 1.5 |" in bench["report"].training_tables(
+        results
+    )
+
+
+def started(bench_name: str, arm: str, metric: str, *values: float) -> list[dict]:
+    return [{"bench": f"startup/{bench_name}", "arm": arm, "metric": metric, "value": value} for value in values]
+
+
+def test_starting_is_held_to_its_bars(bench):
+    lines = bench["report"].startup_table(
+        [
+            *started("light", "python -c pass", "wall_s", 0.01),
+            *started("light", "chatalign --help", "wall_s", 0.1, 0.2),
+            *started("light", "chatalign --help", "cpu_s", 9.0),
+            *started("first-step", "chatalign sft", "wall_s", 4, 7),
+            *started("first-step", "trl sft", "wall_s", 10, 10),
+            *started("chain", "quickstart", "overhead_s", 16),
+        ]
+    )
+    assert lines[2:] == [
+        "| chatalign --help | 0.15 (0.10–0.20) s | ≤ 0.3, 0.15 | yes |",
+        "| quickstart: beside its loops | 16.00 (16.00–16.00) s | ≤ 15, 8 | no |",
+        "| start to first step, over `trl sft` | 0.55 (0.40–0.70) × | ≤ 0.6, 0.4 | yes |",
+        "",
+    ]
 
 
 def prepared(arm: str, metric: str, *values: float, **more: object) -> list[dict]:
