@@ -32,7 +32,8 @@ def import_once(name: str) -> ModuleType:
     """Import a stage's module; in a process that hasn't torch yet, without the garbage collector.
 
     The imports make a million objects and no garbage, and collections take a third of their time. Frozen, they are
-    not walked by later collections either, training's and the one at the process's end among them.
+    not walked by later collections either, training's and the one at the process's end among them. Such a process
+    also gets the variables that keep a CPU's training small, those that the user has not set.
     """
     if "torch" not in sys.modules:
         os.environ.update({name: value for name, value in _SPARING.items() if name not in os.environ})

@@ -143,7 +143,7 @@ def times_logp_gradient(weights_C: Tensor, slope: Tensor | float, probs_CV: Tens
 def resolve(
     hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_K: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, weight and bias as the functions above want them: of one dtype, autocast's where that is on."""
+    """Hidden states, weight and bias as the loss heads want them: of one dtype, autocast's where that is on."""
     _require_shapes(hidden_KD, weight_VD, bias_V, targets_K)
     if chunk <= 0:
         raise ValueError(f"chunk is {chunk}; it must be positive")

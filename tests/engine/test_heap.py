@@ -32,6 +32,14 @@ def test_gaps_between_blocks_are_given_back() -> None:
     assert all(block.sum() == 100 for block in kept)
 
 
+def test_where_there_is_no_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap.sys, "platform", "win32")
+    monkeypatch.setattr(heap.ctypes, "CDLL", None)  # as good as there: to call it raises
+    monkeypatch.setattr(heap, "_glibc", heap._glibc.__wrapped__)
+    assert heap.free_bytes() == 0
+    assert not heap.give_back_free_pages()
+
+
 @pytest.mark.parametrize("free", [0, heap._WORTH_IT - 1])
 def test_a_little_is_kept_for_the_next_step(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heap, "free_bytes", lambda: free)
