@@ -1,9 +1,9 @@
 """Training side by side: ``python bench/run.py [--works ...] [--sizes ...] [--repeats N]``, part of ``make bench``.
 
-Every arm is a process of its own, one thread, on the same model and rows; the arms of a work take turns (A-B-C-A-B-C),
-so that a busy minute of the machine hits all. What is compared is process CPU time over the same steps. A result
-counts where its gradient is not zero and where its loss on the probe rows is chatalign's, to 1e-4 in float32. Lines go
-to bench/results/training.jsonl, which ``bench/report.py`` turns into RESULTS.md.
+Every arm is a process of its own, one thread, on the same model and rows; the arms of all works take turns
+(A-B-C-A-B-C), so that a busy minute of the machine hits all. What is compared is process CPU time over the same steps.
+A result counts where its gradient is not zero and where its loss on the probe rows is chatalign's, to 1e-4 in float32.
+Lines go to bench/results/training.jsonl, which ``bench/report.py`` turns into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,16 @@ def check_parity(results: list[dict]) -> list[str]:
     return list(found.values())
 
 
+def turns(works: list[str], repeats: int, names: tuple[str, ...]) -> Iterator[tuple[int, str, Arm]]:
+    """(repeat, work, arm) in the order they run; a peer as it comes, which is never its best, once."""
+    for repeat in range(repeats):
+        for work in works:
+            for arm in arms_of(work):
+                once = arm.variant == "default" and arm.peer is not None
+                if arm.name.startswith(names) and not (repeat and once):
+                    yield repeat, work, arm
+
+
 def main() -> None:
     """Run what is asked for, arms in turn, and append each result as it comes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,24 +129,19 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = args.out.with_suffix(f".{os.getpid()}.line")
     different: list[str] = []
-    for work in args.works:
-        for size in args.sizes:
-            arms = [arm for arm in arms_of(work) if not args.arms or arm.name.startswith(tuple(args.arms))]
-            results = []
-            for repeat in range(args.repeats):
-                for arm in arms:
-                    if repeat and arm.variant == "default" and arm.peer:  # never a peer's best: once is enough
-                        continue
-                    result = run(arm, work, size, scratch, args.core)
-                    if result is None:
-                        continue
-                    result |= {"repeat": repeat, "rows": source, "at": time.time(), "commit": commit}
-                    results.append(result)
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(result) + "\n")
-                    speed = f"{result['items_per_cpu_s']:.1f} a CPU second"
-                    print(f"{work} {size} {arm.name}: {speed}, {result['peak_mb']:.0f} MB", flush=True)
-            different += check_parity(results)
+    for size in args.sizes:
+        results: dict[str, list[dict]] = {work: [] for work in args.works}
+        for repeat, work, arm in turns(args.works, args.repeats, tuple(args.arms or [""])):
+            result = run(arm, work, size, scratch, args.core)
+            if result is None:
+                continue
+            result |= {"repeat": repeat, "rows": source, "at": time.time(), "commit": commit}
+            results[work].append(result)
+            with args.out.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            speed = f"{result['items_per_cpu_s']:.1f} a CPU second"
+            print(f"{work} {size} {arm.name}: {speed}, {result['peak_mb']:.0f} MB", flush=True)
+        different += [line for of_work in results.values() for line in check_parity(of_work)]
     scratch.unlink(missing_ok=True)
     for line in different:
         print(f"not the same loss: {line}")

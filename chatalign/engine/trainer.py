@@ -28,13 +28,13 @@ from chatalign.engine.batching import (
     row_lengths,
     to_device,
 )
-from chatalign.engine.heap import give_back_free_pages
 from chatalign.engine.isolation import computes_in_half
 from chatalign.engine.levers import choose, hardware
 from chatalign.engine.loss_head import HALF_MULTIPLE
 from chatalign.engine.metrics import MetricSums, Stopwatch
 from chatalign.engine.model_setup import set_up
 from chatalign.engine.offloading import OffloadedActivations
+from chatalign.engine.optimizer_states import make_early
 from chatalign.engine.sealed import SealedTrainer
 from chatalign.recipe import StageRecipe
 from chatalign.runs import Run
@@ -145,6 +145,13 @@ class StageTrainer(SealedTrainer):
             return max(count, 1)
         return self.reduce(torch.tensor(float(count), device=device)).clamp(min=1)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the recipe, on a CPU with its states made."""
+        optimizer = super().create_optimizer(model)
+        if self.args.device.type == "cpu":
+            make_early(optimizer)
+        return optimizer
+
     # A step
 
     def compute_loss(
@@ -163,13 +170,6 @@ class StageTrainer(SealedTrainer):
         self._tokens += 0 if filler else count_tokens(inputs)
         self._watch(loss, "loss")
         return loss * (0 if filler else self.args.world_size)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A micro-batch forward and backward; on a CPU the pages that it leaves empty are then given back."""
-        loss = super().training_step(*args, **kwargs)
-        if self.args.device.type == "cpu":
-            give_back_free_pages()
-        return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
