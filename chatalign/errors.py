@@ -46,5 +46,9 @@ class HubError(ChatalignError, ConnectionError):
     """The Hub refused or couldn't be reached; nothing local was lost."""
 
 
+class RolloutError(ChatalignError, ConnectionError):
+    """vLLM couldn't be reached, refused, or answered something that PPO can't learn from."""
+
+
 class Interrupted(ChatalignError, RuntimeError):
     """Stopped by a signal after a checkpoint was saved; the message says how to go on."""

@@ -54,10 +54,9 @@ def resolve_stages(pipeline: PipelineRecipe, path: str | Path) -> dict[str, Reci
     for name, entry in pipeline.stages.items():
         raw = read_yaml(home / entry.recipe)
         inputs: dict[str, Any] = {"output_dir": str(Path(pipeline.output_dir) / name)}
-        if entry.model:
-            inputs["model.name_or_path"] = _place(pipeline, entry.model)
-        if entry.reward_model:
-            inputs["reward_model.name_or_path"] = _place(pipeline, entry.reward_model)
+        for role in ("model", "reward_model", "value_model"):
+            if source := getattr(entry, role):
+                inputs[f"{role}.name_or_path"] = _place(pipeline, source)
         if entry.models:
             inputs["models"] = {source: {"name_or_path": _place(pipeline, source)} for source in entry.models}
         raw = apply_overrides(raw, inputs | entry.overrides)

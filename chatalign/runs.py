@@ -64,7 +64,7 @@ class Run:
 def model_inputs(recipe: Recipe) -> dict[str, ModelSection]:
     """The models that a recipe starts from, by role."""
     inputs: dict[str, ModelSection] = {}
-    for role in ("model", "reward_model"):
+    for role in ("model", "reward_model", "value_model"):
         section = getattr(recipe, role, None)
         if section is not None and section.name_or_path:
             inputs[role] = section

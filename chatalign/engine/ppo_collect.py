@@ -6,6 +6,7 @@ Shapes: B replies, K response tokens.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,8 +23,13 @@ from chatalign.engine.ppo_experience import Episodes
 from chatalign.engine.ppo_model import PpoModel
 from chatalign.engine.ppo_rewards import Replies, Rewards
 from chatalign.engine.ppo_schedule import Schedule
+from chatalign.errors import ModelError
+from chatalign.maths import importance_weights, sampler_excess
 from chatalign.models.reference import Reference
 from chatalign.rollout import RolloutEngine, Sampling
+
+# Mean nats a token by which bf16 kernels of two engines differ stay a few times below it; another temperature doesn't.
+_LARGEST_GAP = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,9 @@ class Collector:
     """Draws and measures replies with the weights as they are.
 
     `own_logps` says that the policy's log-probabilities are computed anew rather than taken from the sampler: at
-    low precision the two differ, and the ratio must start at 1.
+    low precision the two differ, and the ratio must start at 1. `other_sampler` says that the engine is no part of the
+    trainer: its log-probabilities are held against the policy's at the first rollout, and episodes carry truncated
+    importance weights where `importance_cap` bounds them.
     """
 
     def __init__(
@@ -53,7 +61,11 @@ class Collector:
         tokenizer: Any,
         batch_size: int,
         own_logps: bool,
+        other_sampler: bool = False,
+        importance_cap: float | None = None,
     ) -> None:
+        if other_sampler and not own_logps:
+            raise ValueError("a sampler that isn't the trainer needs `own_logps`")
         self.model = model
         self.reference = reference
         self.rewards = rewards
@@ -61,6 +73,8 @@ class Collector:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.own_logps = own_logps
+        self.importance_cap = importance_cap
+        self._to_be_checked = other_sampler
         # The trainer puts its own in place: replies are drawn at the precision that they are trained at.
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -76,6 +90,9 @@ class Collector:
             sampled = torch.tensor([logp for row in rollout.logprobs for logp in row])
             ref_logps, own_logps, values, bootstrap = self._measure(prompt_ids, rollout.response_ids)
             scored = time.perf_counter()
+        if self._to_be_checked and own_logps is not None:
+            refuse_other_distribution(own_logps, sampled, [len(ids) for ids in rollout.response_ids], sampling)
+            self._to_be_checked = False
         episodes = Episodes(
             prompt_ids=prompt_ids,
             response_ids=rollout.response_ids,
@@ -86,9 +103,22 @@ class Collector:
             bootstrap=bootstrap,
             scores=scores,
             score_terms=terms,
+            importance_weights=self._importance_weights(own_logps, sampled),
         )
         gap = None if own_logps is None else float((own_logps - sampled).abs().mean())
         return Collected(episodes=episodes, rollout_s=drawn - started, score_s=scored - drawn, logprob_gap=gap)
+
+    def _importance_weights(self, own_logps: Tensor | None, sampled: Tensor) -> Tensor | None:
+        if self.importance_cap is None or own_logps is None:
+            return None
+        mask = torch.ones_like(sampled, dtype=torch.bool)
+        return importance_weights(own_logps, sampled, mask, cap=self.importance_cap)
+
+    def draw(self, rows: Sequence[dict[str, Any]], sampling: Sampling, row_seeds: Sequence[int]) -> Replies:
+        """Replies to prompt rows with nothing measured on them."""
+        with self.autocast():
+            rollout = self.engine.generate([list(row["prompt_ids"]) for row in rows], sampling, row_seeds=row_seeds)
+        return self.read(rows, rollout.response_ids)
 
     def read(self, rows: Sequence[dict[str, Any]], response_ids: list[list[int]]) -> Replies:
         """Replies with their texts, for the rewards."""
@@ -124,6 +154,23 @@ class Collector:
             _in_order(logps, order, lengths) if logps else None,
             _in_order([values.cpu() for _, values, _ in measured], order, lengths),
             bootstrap,
+        )
+
+
+def refuse_other_distribution(own: Tensor, sampled: Tensor, lengths: Sequence[int], sampling: Sampling) -> None:
+    """Raise ModelError where a sampler's log-probabilities (K,) can't be those of the policy under `sampling`.
+
+    vLLM's are of what it drew from, so top-p, top-k and the minimum length may make them greater, as far as
+    `sampler_excess` allows.
+    """
+    steps = torch.cat([torch.arange(length) for length in lengths])
+    free = torch.full_like(sampled, torch.inf if sampling.top_k else -math.log(sampling.top_p))
+    allowed = torch.where(steps < sampling.min_new_tokens, torch.inf, free)
+    gap = float(sampler_excess(own, sampled, allowed).mean())
+    if not gap <= _LARGEST_GAP:
+        raise ModelError(
+            f"vLLM's log-probabilities are {gap:.3f} nats a token off the policy's before any update; start it with "
+            f"--logprobs-mode processed_logprobs, on the base that the recipe's model hangs on, in its dtype"
         )
 
 

@@ -39,6 +39,7 @@ class Episodes:
     bootstrap: Tensor
     scores: Tensor
     score_terms: dict[str, Tensor] = field(default_factory=dict)  # each reward by itself, unweighted (B,)
+    importance_weights: Tensor | None = None  # (K,) where a sampler's distribution isn't quite the policy's
 
     @property
     def lengths(self) -> Tensor:
@@ -62,6 +63,7 @@ class Episodes:
             bootstrap=joined("bootstrap"),
             scores=joined("scores"),
             score_terms={name: torch.cat([part.score_terms[name] for part in parts]) for name in parts[0].score_terms},
+            importance_weights=None if parts[0].importance_weights is None else joined("importance_weights"),
         )
 
 
@@ -76,6 +78,7 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     metrics: dict[str, float]
+    importance_weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.response_ids)
@@ -87,7 +90,8 @@ class Experience:
             "prompt_ids": [self.prompt_ids[row] for row in rows],
             "response_ids": [self.response_ids[row] for row in rows],
         }
-        for name in ("old_logps", "old_values", "advantages", "returns"):
+        names = ["old_logps", "old_values", "advantages", "returns"]
+        for name in names if self.importance_weights is None else [*names, "importance_weights"]:
             pieces = torch.split(getattr(self, name), lengths)
             chosen[name] = torch.cat([pieces[row] for row in rows])
         return chosen
@@ -120,6 +124,8 @@ def make_experience(episodes: Episodes, section: PpoSection, *, kl_coef: float) 
     metrics["value/explained_variance"] = float(explained_variance(values_BT, returns_BT, mask_BT))
     metrics["value/mean"] = float(episodes.values.mean())
     metrics["value/return_mean"] = float(returns_BT[mask_BT].mean())
+    if episodes.importance_weights is not None:
+        metrics |= importance_metrics(episodes.importance_weights, cap=section.vllm_importance_sampling_clip_max)
     metrics["advantage/std"] = float(masked_moments(advantages_BT, mask_BT).var.sqrt())
     if section.whiten_advantages:
         advantages_BT = masked_whiten(advantages_BT, mask_BT)
@@ -131,7 +137,16 @@ def make_experience(episodes: Episodes, section: PpoSection, *, kl_coef: float) 
         advantages=advantages_BT[mask_BT],
         returns=returns_BT[mask_BT],
         metrics=metrics,
+        importance_weights=episodes.importance_weights,
     )
+
+
+def importance_metrics(weights_K: Tensor, *, cap: float) -> dict[str, float]:
+    """What the correction of the sampler does: its mean weight, and the share of tokens whose weight is the cap."""
+    return {
+        "sampler/importance_weight": float(weights_K.mean()),
+        "sampler/capped": float((weights_K >= cap).float().mean()),
+    }
 
 
 def final_scores(episodes: Episodes, section: PpoSection) -> Tensor:

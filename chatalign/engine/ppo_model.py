@@ -58,6 +58,7 @@ class PpoModel(nn.Module):
         entropy_grad: bool = False,
         value_trunk: Any | None = None,
         value_adapter: str | None = None,
+        value_origin: str | None = None,
     ) -> None:
         super().__init__()
         if value_trunk is not None and value_adapter is not None:
@@ -66,6 +67,7 @@ class PpoModel(nn.Module):
         self.value_trunk = value_trunk
         self.value_head = head
         self.value_adapter = value_adapter
+        self.value_origin = value_origin  # the reward whose model the value function starts as
         self.temperature = temperature
         self.entropy_grad = entropy_grad
         self._adapters = AdapterSwitch(policy) if value_adapter is not None else None

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +22,11 @@ from chatalign.engine.ppo_model import backbone, hidden_states
 from chatalign.errors import DataError, NonFiniteError, RecipeError
 from chatalign.maths import ScoreNormaliser
 from chatalign.models.reference import adapter_in_use
+from chatalign.models.resolve import Resolved
+from chatalign.recipe import ModelSection
 
 RewardCallable = Callable[..., Sequence[float]]
+NORMALISER = "normaliser"  # where the reward stage keeps its scores' mean and deviation in `artifact.extra`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,19 @@ class Replies:
 
     def __len__(self) -> int:
         return len(self.response_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSource:
+    """A reward model of the recipe before it is loaded."""
+
+    name: str
+    weight: float
+    section: ModelSection
+    resolved: Resolved
+    tokenizer: Any
+    same_text: bool  # the policy's own tokens are what this model was trained on
+    on_backbone: bool  # its adapter fits the policy's base
 
 
 class Scorer(Protocol):
@@ -71,6 +87,18 @@ class Rewards:
         for term in self.terms:
             if isinstance(term.scorer, ModelScorer):
                 term.scorer.to(device)
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """The scale of each term that has one."""
+        return {term.name: term.normaliser.state_dict() for term in self.terms if term.normaliser is not None}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Take `state_dict` back, in place."""
+        for place, term in enumerate(self.terms):
+            if term.name in state:
+                normaliser = ScoreNormaliser()
+                normaliser.load_state_dict(state[term.name])
+                self.terms[place] = replace(term, normaliser=normaliser)
 
     def __call__(self, replies: Replies) -> tuple[Tensor, dict[str, Tensor]]:
         """Total (B,), and each term by name as its source gave it (B,), unweighted and unnormalised.
@@ -196,3 +224,16 @@ def load_function(reference: str) -> RewardCallable:
     if not callable(function):
         raise RecipeError(f"`{reference}`: {path_text} has no function `{name}`")
     return function
+
+
+def stored_normaliser(resolved: Resolved, config: Any) -> ScoreNormaliser | None:
+    """The scale of the reward model's scores: from its run, or from the configuration that is published with it."""
+    stored = resolved.artifact.extra.get(NORMALISER) if resolved.artifact is not None else None
+    if stored:
+        normaliser = ScoreNormaliser()
+        normaliser.load_state_dict(stored)
+        return normaliser
+    mean, std = getattr(config, "score_mean", None), getattr(config, "score_std", None)
+    if mean is None or std is None:
+        return None
+    return ScoreNormaliser(count=1, mean=float(mean), sum_of_squared_deviations=float(std) ** 2)

@@ -25,6 +25,7 @@ from chatalign.engine.metrics import MetricSums
 from chatalign.engine.ppo_collect import Play, speeds
 from chatalign.engine.ppo_experience import Episodes, Experience, evaluation_metrics, make_experience
 from chatalign.engine.ppo_model import PpoModel, PpoOutput, allow_all_tokens
+from chatalign.engine.ppo_normalise import fit_on_replies
 from chatalign.engine.ppo_schedule import Position
 from chatalign.engine.ppo_state import load_experience, save_experience
 from chatalign.engine.trainer import Items, Metrics, StageTrainer
@@ -122,6 +123,8 @@ class PpoTrainer(StageTrainer):
 
     def _new_experience(self, rollout: int) -> Experience:
         schedule = self.play.schedule
+        if rollout == 0 and self.section.normalize_reward == "replies":
+            fit_on_replies(self.play, self.model, self.prompt_rows, gather_object)
         rows = [self.prompt_rows[row] for row in schedule.own(schedule.prompt_rows(rollout))]
         collected = self.play.collector.collect(rows, self.play.sampling, schedule.own(schedule.episodes(rollout)))
         parts = gather_object([collected]) if self.args.world_size > 1 else [collected]
@@ -177,6 +180,7 @@ class PpoTrainer(StageTrainer):
             mask_BT=mask,
             clip_range=section.cliprange,
             normaliser=num_items,
+            importance_weights_BT=batch.get("importance_weights"),
         )
         value = value_loss(
             values_BT=out.values,
@@ -292,13 +296,15 @@ class PpoTrainer(StageTrainer):
 
     def stage_state(self) -> dict[str, Any]:
         """Position, KL controller and counters; the rollout itself is in files of its own."""
-        return {"position": asdict(self.position), "kl": self.kl_controller.state_dict(), "skipped": self.skipped}
+        state = {"position": asdict(self.position), "kl": self.kl_controller.state_dict(), "skipped": self.skipped}
+        return state | {"rewards": self.play.collector.rewards.state_dict()}
 
     def load_stage_state(self, state: Mapping[str, Any]) -> None:
         """Take `stage_state` back."""
         self.position = Position(**state["position"])
         self.kl_controller.load_state_dict(state["kl"])
         self.skipped = int(state["skipped"])
+        self.play.collector.rewards.load_state_dict(state["rewards"])
 
     def train(self, resume_from_checkpoint: Any = None) -> Any:  # type: ignore[override]
         """Train to the end; asserts that each minibatch that wasn't cut by ``target_kl`` was an optimizer step."""

@@ -16,7 +16,7 @@ from chatalign.maths.masked import (
     masked_whiten,
     whiten_with,
 )
-from chatalign.maths.policy import PolicyLoss, entropy_bonus, importance_weights, policy_loss
+from chatalign.maths.policy import PolicyLoss, entropy_bonus, importance_weights, policy_loss, sampler_excess
 from chatalign.maths.preference import (
     FDivergence,
     PreferenceLoss,
@@ -65,6 +65,7 @@ __all__ = [
     "penalise_missing_stop",
     "policy_loss",
     "response_mask",
+    "sampler_excess",
     "selected_logprobs",
     "sum_by_sequence",
     "token_rewards",

@@ -85,6 +85,18 @@ def entropy_bonus(
     return -coef * normalised_sum(entropy_BT, mask_BT, normaliser)
 
 
+def sampler_excess(logps_K: Tensor, sampler_logps_K: Tensor, allowed_K: Tensor) -> Tensor:
+    """How far a sampler's log-probabilities lie outside [logp, logp + allowed], in nats, shape (K,); 0 inside.
+
+    A sampler that leaves tokens out (top-p, top-k, a minimum length) divides the rest by what it keeps: by at least
+    top_p, so its log-probabilities exceed the model's by at most −log(top_p).
+    Raises ValueError where the shapes differ.
+    """
+    require_same_shape(logps=logps_K, sampler_logps=sampler_logps_K, allowed=allowed_K)
+    over_K = at_least_fp32(sampler_logps_K.detach()) - at_least_fp32(logps_K.detach())
+    return (over_K - allowed_K).clamp(min=0) + (-over_K).clamp(min=0)
+
+
 def importance_weights(logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, *, cap: float = 2.0) -> Tensor:
     """Truncated importance weights min(π_trainer / π_sampler, cap), shape (B, T), detached, 0 off the mask.
 

@@ -163,9 +163,8 @@ def _check_chain(recipe: PipelineRecipe, where: str) -> None:
     """Every input that looks like a stage's name is an earlier stage."""
     earlier: list[str] = []
     for name, stage in recipe.stages.items():
-        for key, source in [("model", stage.model), ("reward_model", stage.reward_model)] + [
-            ("models", source) for source in stage.models
-        ]:
+        single = [(key, getattr(stage, key)) for key in ("model", "reward_model", "value_model")]
+        for key, source in single + [("models", source) for source in stage.models]:
             if source is None or source in earlier or "/" in source or Path(source).exists():
                 continue
             near = difflib.get_close_matches(source, earlier, n=1)

@@ -245,7 +245,7 @@ class RewardFunction(Section):
 
 
 class PpoSection(Section):
-    """PPO's own settings; names as in the removed ``trl.PPOConfig`` where it had them.
+    """PPO's own settings; names as in the removed ``trl.PPOConfig`` where it had them, ``vllm_*`` as in GRPOConfig.
 
     ``rollout_batch_size`` prompts a rollout over all processes; each is split into ``num_mini_batches`` optimizer
     steps, ``num_ppo_epochs`` times. ``total_episodes`` replies in all.
@@ -278,12 +278,29 @@ class PpoSection(Section):
     whiten_rewards: bool = False
     missing_eos_penalty: NonNegative | None = 1.0
     reward_clip: Positive | None = None
-    normalize_reward: bool = True
+    normalize_reward: bool | Literal["replies"] = True  # by what its run stored, or by the first policy's replies
     value: Literal["shared", "separate"] = "separate"  # shared: a head on the policy's own hidden states
     value_init: Literal["reward", "policy"] = "reward"
     value_learning_rate: Positive | None = None
     value_warmup_rollouts: Annotated[int, Field(ge=0)] = 0
     rewards: list[RewardFunction] = []
+    rollout_engine: Literal["transformers", "vllm_server", "vllm_colocate"] = "transformers"
+    vllm_server_base_url: str | None = None  # in place of host and port
+    vllm_server_host: str = "127.0.0.1"
+    vllm_server_port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    vllm_server_timeout: Positive = 240.0  # seconds that the server has to come up, and for any one reply
+    vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3
+    vllm_max_model_length: Count | None = None  # None: the longest prompt and its reply
+    vllm_tensor_parallel_size: Count = 1
+    vllm_enable_sleep_mode: bool = False
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_clip_max: Positive = 3.0
+
+    @model_validator(mode="after")
+    def _server_has_a_scheme(self) -> Self:
+        if self.vllm_server_base_url and not self.vllm_server_base_url.startswith(("http://", "https://")):
+            raise ValueError("`vllm_server_base_url` starts with http:// or https://, as in http://127.0.0.1:8000")
+        return self
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> Self:

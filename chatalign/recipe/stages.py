@@ -119,11 +119,13 @@ class DpoRecipe(StageRecipe):
 class PpoRecipe(StageRecipe):
     """PPO on a reward model or Python rewards (2203.02155, step 3; 2403.17031).
 
-    ``ptx_data`` are the pretraining or demonstration rows mixed in where ``ppo.ptx_coef`` is above 0.
+    ``ptx_data`` are the pretraining or demonstration rows mixed in where ``ppo.ptx_coef`` is above 0. ``value_model``
+    is a critic with weights of its own, a reward model or a language model; without it `ppo.value` decides.
     """
 
     stage: Literal["ppo"]
     reward_model: ModelSection | None = None
+    value_model: ModelSection | None = None
     ppo: PpoSection = PpoSection.model_construct()
     ptx_data: DataSection | None = None
 
@@ -133,6 +135,8 @@ class PpoRecipe(StageRecipe):
             raise ValueError("PPO needs a reward: give `reward_model` or `ppo.rewards`")
         if (self.ppo.ptx_coef > 0) != (self.ptx_data is not None):
             raise ValueError("`ppo.ptx_coef` above 0 and `ptx_data` go together: give both or neither")
+        if self.value_model is not None and self.ppo.value == "shared":
+            raise ValueError("`value_model` is a critic of its own, and `ppo.value: shared` has none: take one out")
         return self
 
 
@@ -171,13 +175,14 @@ STAGES: dict[str, type[Section]] = {
 class PipelineStage(Section):
     """A stage of a pipeline: its recipe, where its inputs come from, and what it changes in the recipe.
 
-    ``model``, ``reward_model`` and ``models`` take an earlier stage's name, a Hub id or a folder. ``overrides``
-    are dotted keys of the recipe, as on the command line.
+    ``model``, ``reward_model``, ``value_model`` and ``models`` take an earlier stage's name, a Hub id or a folder.
+    ``overrides`` are dotted keys of the recipe, as on the command line.
     """
 
     recipe: str
     model: str | None = None
     reward_model: str | None = None
+    value_model: str | None = None
     models: list[str] = []
     overrides: dict[str, Any] = {}
 

@@ -46,7 +46,9 @@ class Rollout:
 
     ``logprobs`` are those of softmax(logits / temperature) with forbidden tokens taken out, in nats, *before*
     top-p, top-k and the minimum length: what a trainer recomputes, so that the ratio starts at 1. At temperature 0
-    they are those of temperature 1. ``ended`` says which replies end in a stop token rather than at the limit.
+    they are those of temperature 1. vLLM's are *after* top-p, top-k and the minimum length, and not quite the
+    trainer's: see `chatalign.maths.importance_weights`. ``ended`` says which replies end in a stop token rather than
+    at the limit.
     """
 
     response_ids: list[list[int]]

@@ -13,6 +13,11 @@ from torch import Tensor
 from chatalign.rollout.interface import Sampling
 
 
+def mixed_seed(seed: int, row_seed: int) -> int:
+    """One seed from a run's and a row's, 0 to 2^63 − 1; Weyl's constants spread neighbouring ones."""
+    return (seed * 0x9E3779B97F4A7C15 + row_seed * 0xBF58476D1CE4E5B9) % 2**63
+
+
 def row_uniforms(seed: int, row_seeds: Sequence[int], new_tokens: int, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1), shape (B, N), each row from its own seed.
 
@@ -22,8 +27,7 @@ def row_uniforms(seed: int, row_seeds: Sequence[int], new_tokens: int, device: t
     uniforms_BN = torch.empty(len(row_seeds), new_tokens, dtype=torch.float64)
     generator = torch.Generator()
     for row, row_seed in enumerate(row_seeds):
-        # Weyl's constant spreads neighbouring seeds; the generator takes 64 bits.
-        generator.manual_seed((seed * 0x9E3779B97F4A7C15 + row_seed * 0xBF58476D1CE4E5B9) % 2**63)
+        generator.manual_seed(mixed_seed(seed, row_seed))
         torch.rand(new_tokens, generator=generator, out=uniforms_BN[row])
     return uniforms_BN.to(device=device, dtype=dtype)
 
