@@ -30,12 +30,13 @@ def distribution(model: Any, prompt: list[int], replies: list[tuple[int, ...]]) 
         return logps.gather(2, torch.tensor(replies)[:, :, None]).squeeze(2).sum(1).exp()
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
 def test_ppo_reaches_the_closed_form_optimum(make_recipe: Make, tmp_path: Path, seed: int) -> None:
     (tmp_path / "table.py").write_text(REWARD, "utf-8")
     (tmp_path / "prompt.jsonl").write_text('{"prompt": "hello"}\n', "utf-8")
     over = {
-        "data": {"datasets": [{"path": str(tmp_path / "prompt.jsonl")}]},
+        # The prompt alone, without a template: one token in place of twenty, half the time.
+        "data": {"datasets": [{"path": str(tmp_path / "prompt.jsonl")}], "apply_chat_template": False},
         "ppo": {
             "total_episodes": 256 * 25,
             "rollout_batch_size": 256,
@@ -51,7 +52,7 @@ def test_ppo_reaches_the_closed_form_optimum(make_recipe: Make, tmp_path: Path, 
             "rewards": [{"function": f"{tmp_path / 'table.py'}:table"}],
         },
         "train": {
-            "learning_rate": 5e-3,
+            "learning_rate": 3e-3,
             "lr_scheduler_type": "linear",
             "per_device_train_batch_size": 128,
             "logging_steps": 50,
@@ -86,4 +87,6 @@ def test_ppo_reaches_the_closed_form_optimum(make_recipe: Make, tmp_path: Path, 
     assert 0.5 * float((optimum - reference).abs().sum()) > 0.2, "the optimum must be far from the start"
     trainer.train()
     reached = distribution(policy.eval(), prompt, replies)
-    assert 0.5 * float((optimum - reached).abs().sum()) < 0.05
+    tv = 0.5 * float((optimum - reached).abs().sum())
+    print("TV", seed, tv, len(prompt))
+    assert tv < 0.05
