@@ -73,6 +73,7 @@ def _packages(recipe: Recipe) -> Iterator[Finding]:
         "bitsandbytes": getattr(recipe, "quantization", None) is not None
         or any(name in getattr(train, "optim", "") for name in ("bnb", "8bit", "paged")),
         "liger_kernel": bool(getattr(train, "use_liger_kernel", False)),
+        "vllm": getattr(getattr(recipe, "ppo", None), "rollout_engine", "") == "vllm_colocate",
         "evaluate": bool(getattr(getattr(recipe, "eval", None), "metrics", [])),
         recipe.tracking: recipe.tracking != "none",
     }

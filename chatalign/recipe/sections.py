@@ -297,6 +297,19 @@ class PpoSection(Section):
     vllm_importance_sampling_clip_max: Positive = 3.0
 
     @model_validator(mode="after")
+    def _keys_of_the_engine_that_runs(self) -> Self:
+        read: dict[str, tuple[str, ...]] = {
+            "transformers": (),
+            "vllm_server": ("vllm_importance_", "vllm_server_"),
+            "vllm_colocate": ("vllm_importance_", "vllm_gpu_", "vllm_max_", "vllm_tensor_", "vllm_enable_"),
+        }
+        for name, field in type(self).model_fields.items():
+            unread = name.startswith("vllm_") and not name.startswith(read[self.rollout_engine])
+            if unread and getattr(self, name) != field.default:
+                raise ValueError(f"`{name}` isn't read under `rollout_engine: {self.rollout_engine}`; take it out")
+        return self
+
+    @model_validator(mode="after")
     def _server_has_a_scheme(self) -> Self:
         if self.vllm_server_base_url and not self.vllm_server_base_url.startswith(("http://", "https://")):
             raise ValueError("`vllm_server_base_url` starts with http:// or https://, as in http://127.0.0.1:8000")

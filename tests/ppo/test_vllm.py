@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from rollout.fake_vllm import FakeServer, serving
 from tiny import make_llama
 
 from chatalign import ppo
-from chatalign.errors import ModelError, RecipeError, RolloutError
+from chatalign.check import refuse_first
+from chatalign.errors import DependencyError, ModelError, RecipeError, RolloutError
 from chatalign.recipe import PpoRecipe, PpoSection
 from chatalign.recipe.load import merge
 
@@ -167,6 +169,28 @@ def test_what_a_server_cannot_be_given_is_refused(make_served: Make) -> None:
         ppo.run(make_served("dora", {"lora": {**LORA, "use_dora": True}}))
     with pytest.raises(ValueError, match="starts with http://"):
         make_served("url", {"ppo": {"vllm_server_base_url": "localhost:8000"}})
+
+
+@pytest.mark.parametrize(
+    ("engine", "unread"),
+    [
+        ("transformers", {"vllm_server_port": 9000}),
+        ("transformers", {"vllm_importance_sampling_clip_max": 2.0}),
+        ("vllm_server", {"vllm_tensor_parallel_size": 2}),
+        ("vllm_colocate", {"vllm_server_timeout": 9.0}),
+    ],
+)
+def test_a_key_that_the_engine_does_not_read_is_refused(engine: str, unread: dict[str, Any]) -> None:
+    (name,) = unread
+    with pytest.raises(ValueError, match=f"`{name}` isn't read under `rollout_engine: {engine}`"):
+        PpoSection(rollout_engine=engine, **unread)  # type: ignore[arg-type]
+
+
+def test_check_asks_for_vllm_where_it_is_colocated(make_recipe: Make) -> None:
+    if find_spec("vllm") is not None:
+        pytest.skip("vllm is installed")
+    with pytest.raises(DependencyError, match=r"pip install 'chatalign\[vllm\]'"):
+        refuse_first(make_recipe("run", {"lora": LORA, "ppo": {"rollout_engine": "vllm_colocate"}}))
 
 
 @pytest.mark.slow
