@@ -1,4 +1,4 @@
-"""chatalign's arms: the stage as ``chatalign STAGE RECIPE`` runs it, with its own defaults."""
+"""chatalign's arms: the stage as ``chatalign STAGE RECIPE`` runs it, with its own defaults; tuned, compiled layers."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def recipe(folder: Path) -> dict[str, Any]:
             "save_strategy": "no",
             "use_cpu": True,
             "bf16": ARGS.dtype == "bfloat16",
+            "torch_compile": ARGS.variant == "tuned",
         },
     } | ({"lora": lora} if "lora" in ARGS.work else {})
 

@@ -24,22 +24,26 @@ _ROTARY = "apply_rotary_pos_emb"
 _BEFORE_LINEARS = "chatalign_before_linears"
 
 
-def fuse_layers(model: nn.Module) -> int:
-    """Give `model` the fused functions where they fit; returns how many modules took one. Again does nothing new."""
+def fuse_layers(model: nn.Module, *, lora_alone: bool = False) -> int:
+    """Give `model` the fused functions where they fit; returns how many modules took one. Again does nothing new.
+
+    `lora_alone` is for layers that will be compiled: the compiler fuses the others itself.
+    """
     changed = 0
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
         torch.manual_seed(0)
         for module in model.modules():
             if "forward" in vars(module):
                 continue
-            for fits, forward in _FUSED:
+            for fits, forward in ((_is_lora, _lora_forward),) if lora_alone else _FUSED:
                 if fits(module):
                     vars(module)["forward"] = MethodType(forward, module)  # bound: a deep copy runs its own weights
                     changed += 1
                     break
-        for layer in model.modules():
-            _mark_norms_before_linears(layer)
-        _fuse_rotary(unwrapped(model))
+        if not lora_alone:
+            for layer in model.modules():
+                _mark_norms_before_linears(layer)
+            _fuse_rotary(unwrapped(model))
     return changed
 
 

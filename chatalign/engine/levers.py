@@ -98,8 +98,7 @@ def choose(recipe: StageRecipe, machine: Hardware) -> Levers:
         # Who asks for float32 alone gets float32.
         tf32=(machine.device == "cuda" and bf16 and machine.bf16) or None if train.tf32 is None else train.tf32,
         liger={**LIGER_LOSSES, **(train.liger_kernel_config or {})} if liger else None,
-        # Compiled layers are fused already.
-        fused=machine.device == "cpu" and not train.torch_compile if train.fused_layers is None else train.fused_layers,
+        fused=machine.device == "cpu" if train.fused_layers is None else train.fused_layers,
         compile=train.torch_compile,
         offload=train.activation_offloading,
         checkpointing=train.gradient_checkpointing,

@@ -37,7 +37,7 @@ def set_up(
     """
     levers = with_kernels(model, recipe, levers)
     if levers.fused:
-        fuse_layers(model)
+        fuse_layers(model, lora_alone=levers.compile)
     attention = enable_segments(model, recipe.model.attention)
     layers = len(decoder_layers(model))
     checkpointed = layers if levers.checkpointing is True else 0
@@ -62,7 +62,7 @@ def set_up_reference(model: nn.Module, recipe: StageRecipe, levers: Levers) -> N
     """Prepare a frozen twin as the policy is, under the caller's autocast, so that the two round alike."""
     with_kernels(model, recipe, levers)
     if levers.fused:
-        fuse_layers(model)
+        fuse_layers(model, lora_alone=levers.compile)
     enable_segments(model, recipe.model.attention)
     enable_chunked_head(model)
     if levers.compile:

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from chatalign import check
 from chatalign.engine import model_setup
 from chatalign.engine.attention import segment_inputs
+from chatalign.engine.fused_layers import fuse_layers
 from chatalign.engine.isolation import enable_segments
 from chatalign.engine.layers import checkpoint_layers, compile_layers, decoder_layers
 from chatalign.engine.levers import LIGER_LOSSES, Hardware, Levers, choose, described
@@ -25,7 +26,9 @@ from chatalign.engine.model_setup import largest_batch, with_kernels
 from chatalign.engine.offloading import OffloadedActivations
 from chatalign.engine.stage import argument_values
 from chatalign.errors import DependencyError, ModelError, RecipeError
+from chatalign.maths import fused
 from chatalign.recipe import SftRecipe
+from engine.fused_twins import MODULES, add_lora, fused_modules
 from engine.stand_ins import VOCABULARY, lm_rows, make_run, make_trainer, sft_recipe, weights
 
 CPU, H100 = Hardware(device="cpu"), Hardware(device="cuda", bf16=True)
@@ -173,6 +176,23 @@ def test_compiled_layers_compute_the_same_and_once_for_all_lengths(checkpointed:
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[-1] == graphs[1]  # compiled for the first lengths, and never again
+
+
+@pytest.mark.slow
+def test_compiled_layers_keep_the_fused_lora_product_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = add_lora(make_llama(VOCABULARY))
+    enable_segments(plain)
+    compiled = copy.deepcopy(plain)
+    fuse_layers(compiled, lora_alone=True)
+    assert {name.rsplit(".", 1)[-1] for name in fused_modules(compiled)} == set(MODULES)
+    traced: list[int] = []
+    lora_linear = fused.lora_linear
+    monkeypatch.setattr(fused, "lora_linear", lambda *args: traced.append(1) or lora_linear(*args))
+    compile_layers(compiled)
+    for lengths in ((9, 7), (30, 2, 8), (64,)):
+        found, expected = (loss_and_gradient(model, flat_batch(*lengths)) for model in (compiled, plain))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert traced
 
 
 @pytest.mark.slow
