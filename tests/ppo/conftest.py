@@ -159,3 +159,21 @@ def reward_adapter_run(tmp_path_factory: pytest.TempPathFactory, sft_run: Path) 
 def reward_full_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
     """A reward model with all weights trained, from the tiny model."""
     return train_reward(tmp_path_factory.mktemp("reward-full"), tiny_model_folder, {"train": {"learning_rate": 1e-3}})
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A tiny GPT-2, whose positions are learned, with half of everything dropped in training mode."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": len(tiny_tokenizer), "n_positions": 128}
+    noisy = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    model = GPT2LMHeadModel(GPT2Config(**shape, **noisy))
+    with torch.no_grad():  # of the size of the tokens' own embeddings or larger, as in a trained model
+        model.transformer.wpe.weight.mul_(20)
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
