@@ -171,9 +171,11 @@ def _vllm_colocate(parts: _Parts) -> RolloutEngine:
 
 
 def _vllm_dtype(parts: _Parts) -> str:
-    """The precision in which the trainer multiplies."""
-    if parts.bf16 or parts.recipe.train.fp16:
-        return "bfloat16" if parts.bf16 else "float16"
+    """The precision in which the trainer multiplies, and bf16 for adapters: vLLM's kernels have none in float32."""
+    if parts.recipe.train.fp16:
+        return "float16"
+    if parts.bf16 or parts.roles.policy.is_adapter:
+        return "bfloat16"
     return str(parts.roles.policy.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
 
 

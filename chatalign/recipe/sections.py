@@ -307,6 +307,8 @@ class PpoSection(Section):
             unread = name.startswith("vllm_") and not name.startswith(read[self.rollout_engine])
             if unread and getattr(self, name) != field.default:
                 raise ValueError(f"`{name}` isn't read under `rollout_engine: {self.rollout_engine}`; take it out")
+        if self.rollout_engine != "transformers" and not 0.01 <= self.temperature <= 2:
+            raise ValueError(f"`temperature: {self.temperature}`: vLLM takes 0.01 to 2; set one of those")
         return self
 
     @model_validator(mode="after")

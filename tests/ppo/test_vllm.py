@@ -186,6 +186,12 @@ def test_a_key_that_the_engine_does_not_read_is_refused(engine: str, unread: dic
         PpoSection(rollout_engine=engine, **unread)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("temperature", [0.001, 2.5])
+def test_temperatures_that_vllm_would_change_or_refuse(temperature: float) -> None:
+    with pytest.raises(ValueError, match=r"vLLM takes 0.01 to 2"):
+        PpoSection(rollout_engine="vllm_server", temperature=temperature)
+
+
 def test_check_asks_for_vllm_where_it_is_colocated(make_recipe: Make) -> None:
     if find_spec("vllm") is not None:
         pytest.skip("vllm is installed")
@@ -216,6 +222,9 @@ def test_a_run_in_one_process_with_vllm(
     (made,) = llm.made
     assert made.calls.count("generate") == 3, "two rollouts and an evaluation"
     assert made.asleep
+    # vLLM multiplies adapters in half precision only.
+    assert made.settings["dtype"] == ("bfloat16" if lora else "float32")
+    assert made.settings["model"] == str(sharp_folder)
     gaps = [line["sampler/logprob_gap"] for line in logged(recipe) if "sampler/logprob_gap" in line]
     assert len(gaps) == 2
     assert max(gaps) < 1e-4

