@@ -5,7 +5,7 @@ THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY = 1
 export OMP_NUM_THREADS = $(THREADS)
 
-.PHONY: setup quickstart check test test-fast bench bench-peers pocket-data pocket-base pocket-study clean
+.PHONY: setup quickstart check test test-fast bench bench-peers pocket-data pocket-base pocket-study pocket-frontier clean
 
 setup: $(VENV)/.installed  ## a virtual environment with chatalign and everything its tests use
 
@@ -51,6 +51,9 @@ pocket-base: setup  ## train the shipped pocket base again, from nothing
 
 pocket-study: setup  ## the quickstart at three seeds, and the mean of what they reached
 	$(BIN)/python data/pocket/study.py --seeds 1 2 3
+
+pocket-frontier: setup  ## PPO beside DPO and best-of-n by KL, and PPO without a penalty: hours, docs/ppo_*.png
+	$(BIN)/python data/pocket/frontier.py --seeds 1 2 3
 
 clean:
 	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 POCKET = Path(__file__).resolve().parents[2] / "data" / "pocket"
-MODULES = ("gold", "lexicon", "world", "replies", "corpus", "make_pocket")
+MODULES = ("gold", "lexicon", "world", "replies", "corpus", "make_pocket", "frontier_report", "frontier")
 
 
 @pytest.fixture(scope="session")
