@@ -177,7 +177,8 @@ def test_small_study_runs_and_goes_on(pocket, root, tmp_path, monkeypatch):
     small = {"RECIPES": tmp_path, "KL_COEFS": (0.1,), "DPO_BETAS": (0.1,), "BEST_OF": (2, 4)}
     for name, value in small.items():
         monkeypatch.setattr(frontier, name, value)
-    monkeypatch.setitem(frontier.NO_PENALTY, "train.save_steps", 6)
+    for key, smaller in {"ppo.total_episodes": 24, "train.save_steps": 6}.items():
+        monkeypatch.setitem(frontier.NO_PENALTY, key, smaller)
     first = [point for new in frontier.measured(tmp_path / "runs", [1], 12) for point in new]
     expected = [("sft", 0), ("ppo", 0.1), ("dpo", 0.1), *(("best_of_n", n) for n in (2, 4))]
     expected += [("no_penalty", step) for step in (6, 12)]
