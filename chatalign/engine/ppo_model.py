@@ -123,7 +123,8 @@ class PpoModel(nn.Module):
         finally:
             hook.remove()
         assert entropy is not None
-        return logps, entropy, seen[0].flatten(0, -2)
+        # Without the places that a CPU's bf16 head repeats to round their number up.
+        return logps, entropy, seen[0].flatten(0, -2)[: len(logps)]
 
     def value_pass(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
         """Values at places of a flat batch, for a value function with an adapter or a trunk of its own."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from chatalign.rollout.decoding import Decoding
+from chatalign.rollout.dense import dense_weights
 from chatalign.rollout.interface import Rollout, Sampling
 from chatalign.rollout.sampler import Sampler, row_uniforms
 
@@ -46,7 +47,7 @@ class TransformersRollout:
         response_ids: list[list[int]] = [[] for _ in order]
         logprobs: list[list[float]] = [[] for _ in order]
         ended = [False for _ in order]
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), dense_weights(self.model):
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
                 tokens, logps, stopped = self._generate_chunk(
