@@ -63,6 +63,12 @@ PEERS: dict[str, Peer] = {
         imports="from trl import DPOTrainer, RewardTrainer, SFTTrainer",
         own_pins=("transformers", "peft", "datasets", "accelerate"),
     ),
+    # The last release with a PPOTrainer; its own requirements have no upper bound, and it runs beside today's packages.
+    "trl-ppo": Peer(
+        requirement="trl==1.12.0",
+        imports="from trl.experimental.ppo import PPOConfig, PPOTrainer",
+        own_pins=("transformers", "peft", "datasets", "accelerate"),
+    ),
     "llamafactory": Peer(
         requirement="llamafactory==0.9.5",
         imports="from llamafactory.train.tuner import run_exp",

@@ -50,9 +50,14 @@ class Arm:
 
 
 def arms_of(work: str) -> list[Arm]:
-    """Ours, the floor, and each installed peer as it comes and at its best, at its best in both precisions."""
+    """Ours, the floor, and each installed peer as it comes and at its best, at its best in both precisions.
+
+    Ours tuned is with ``train.torch_compile``, which makes the peers slower here: they compile the whole model, for
+    each new length.
+    """
     both = ("bfloat16", "float32")
     arms = [Arm("chatalign_arm", None, "default", dtype) for dtype in both]
+    arms.append(Arm("chatalign_arm", None, "tuned", "bfloat16"))
     if work.startswith("sft"):
         arms += [Arm("floor", None, "default", dtype) for dtype in both]
     for script, peer in (("trl_arm", "trl"), ("llamafactory_arm", "llamafactory"), ("ms_swift_arm", "ms-swift")):
@@ -75,21 +80,26 @@ def run(arm: Arm, work: str, size: str, out: Path, core: int | None) -> dict | N
     command = [arm.python, ARMS / f"{arm.script}.py", "--work", work, "--model", workload.model_folder(size, work)]
     command += ["--rows", workload.rows_file(work), "--probe", workload.probe_file(work), "--out", out]
     command += ["--dtype", arm.dtype, "--variant", arm.variant]
+    return run_process(list(map(str, command)), arm.name, out, core)
+
+
+def run_process(command: list[str], name: str, out: Path, core: int | None) -> dict | None:
+    """A command of one thread that writes its result to `out`; None, with what it said, where it failed."""
     single = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment = os.environ | single | {"HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_MODE": "disabled"}
     pinned = [] if core is None else ["taskset", "-c", str(core)]
     out.unlink(missing_ok=True)
     try:
         done = subprocess.run(
-            [*pinned, *map(str, command)], env=environment, capture_output=True, text=True, timeout=TIME_LIMIT_S
+            [*pinned, *command], env=environment, capture_output=True, text=True, timeout=TIME_LIMIT_S
         )
     except subprocess.TimeoutExpired:
-        print(f"  {arm.name}: no end after {TIME_LIMIT_S} s", flush=True)
+        print(f"  {name}: no end after {TIME_LIMIT_S} s", flush=True)
         return None
     if done.returncode or not out.is_file():
-        print(f"  {arm.name}: {(done.stderr.strip().splitlines() or ['ended without a result'])[-1][:200]}", flush=True)
+        print(f"  {name}: {(done.stderr.strip().splitlines() or ['ended without a result'])[-1][:200]}", flush=True)
         return None
-    return json.loads(out.read_text()) | {"arm": arm.name}
+    return json.loads(out.read_text()) | {"arm": name}
 
 
 def check_parity(results: list[dict]) -> list[str]:
