@@ -50,6 +50,18 @@ def test_lambda_one_returns_are_the_discounted_rewards_whatever_the_values() -> 
         torch.testing.assert_close(returns_BT, discounted_BT, atol=1e-5, rtol=1e-5)
 
 
+def test_lambda_one_advantage_and_value_of_a_cut_reply_are_its_discounted_return() -> None:
+    lengths, T, gamma = [6, 2, 4], 6, 0.9
+    rewards_BT, values_BT, last_B = torch.randn(3, T).double(), torch.randn(3, T).double(), torch.randn(3).double()
+    mask_BT = torch.arange(T) < torch.tensor(lengths)[:, None]
+    advantages_BT, _ = gae(rewards_BT, values_BT, mask_BT, gamma, 1.0, last_B)
+    for row, n in enumerate(lengths):
+        for t in range(n):
+            paid = sum(gamma ** (k - t) * rewards_BT[row, k].item() for k in range(t, n))
+            expected = paid + gamma ** (n - t) * last_B[row].item()
+            assert (advantages_BT + values_BT)[row, t].item() == pytest.approx(expected, abs=1e-9)
+
+
 def test_lambda_zero_is_the_one_step_error() -> None:
     rewards_BT, values_BT = torch.randn(2, 4), torch.randn(2, 4)
     advantages_BT, _ = gae(rewards_BT, values_BT, torch.ones(2, 4), 0.9, 0.0)

@@ -217,6 +217,7 @@ def test_a_clip_fraction_that_counts_padding(monkeypatch: pytest.MonkeyPatch) ->
     caught(check)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_go_on(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """#1643, #2657: the value and score heads were not saved, and the step counter began anew."""
     save, state = PpoTrainer._save, PpoTrainer.stage_state

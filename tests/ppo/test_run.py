@@ -84,7 +84,7 @@ def test_8_micro_batches_of_1_are_1_of_8(make_recipe: Make) -> None:
             torch.testing.assert_close(theirs[name], ours, rtol=0, atol=1e-5)
         for mine, yours in zip(results[0][1], lines, strict=True):
             for key in ("loss", "policy/approxkl", "loss/value"):
-                assert yours[key] == pytest.approx(mine[key], abs=1e-4)
+                assert yours[key] == pytest.approx(mine[key], abs=1e-5)
 
 
 def test_prompts_reach_a_reward_with_their_own_columns(make_recipe: Make, reward_file: Path) -> None:
