@@ -131,6 +131,7 @@ def test_a_sampler_that_drifts_is_corrected_and_capped(
 
     monkeypatch.setattr(server.engine, "draw", drifting)
     once: dict[str, Any] = {"num_mini_batches": 1, "num_ppo_epochs": 1, "total_episodes": 8}
+    once["whiten_advantages"] = False  # whitened ones have mean 0, and so has the loss at a ratio of 1
     recipes = {
         "free": make_served("free", {"ppo": once}),
         "capped": make_served("capped", {"ppo": once | {"vllm_importance_sampling_clip_max": 1.02}}),
@@ -146,6 +147,7 @@ def test_a_sampler_that_drifts_is_corrected_and_capped(
     assert lines["capped"]["sampler/capped"] == 1
     assert "sampler/importance_weight" not in lines["off"]
     assert lines["off"]["sampler/logprob_gap"] == pytest.approx(0.0488, abs=1e-3)
+    assert abs(lines["off"]["loss/policy"]) > 0.01
     # The same replies and advantages: the policy's loss is the uncorrected one times the weight.
     for name, weight in (("free", 1.05), ("capped", 1.02)):
         assert lines[name]["loss/policy"] == pytest.approx(weight * lines["off"]["loss/policy"], rel=1e-3, abs=1e-6)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rollout import fake_vllm_module
-from rollout.fake_vllm import FakeServer, serving
+from rollout.fake_vllm import EOS, FakeServer, serving
 from tiny import make_llama
 from transformers import AutoModelForCausalLM
 
@@ -156,6 +156,13 @@ def test_stop_tokens_and_bans_outside_the_vocabulary_are_passed_over(engine_and_
     engine, _ = engine_and_model
     sampling = replace(SAMPLING, stop_token_ids=(*STOPS, 50_000), forbidden_token_ids=(*BANNED, 60_000))
     assert engine.generate(PROMPTS, sampling).response_ids == engine.generate(PROMPTS, SAMPLING).response_ids
+
+
+def test_only_the_stop_tokens_that_are_given_stop(engine_and_model: tuple[RolloutEngine, Any]) -> None:
+    engine, _ = engine_and_model
+    endless = engine.generate(PROMPTS * 4, replace(SAMPLING, stop_token_ids=(), temperature=2.0))
+    assert any(EOS in reply[:-1] for reply in endless.response_ids), "the test needs the model's own EOS in a reply"
+    assert {len(reply) for reply in endless.response_ids} == {SAMPLING.max_new_tokens}
 
 
 def test_bad_prompts_are_refused(engine_and_model: tuple[RolloutEngine, Any]) -> None:
