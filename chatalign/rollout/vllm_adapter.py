@@ -15,7 +15,7 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def refuse_unserved(config: Any) -> None:
     """Raise ModelError where vLLM refuses an adapter of this ``LoraConfig``, or would compute something else with it.
 
-    Source: ``vllm.lora.peft_helper`` of vLLM 0.22, which refuses the first three and passes over the others.
+    Source: ``vllm.lora.peft_helper`` of vLLM 0.22, which refuses DoRA and whole modules, and reads no patterns.
     """
     keys = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
     found = [key for key in keys if getattr(config, key, None)]
