@@ -37,6 +37,7 @@ bench-peers: setup  ## each peer in an environment of its own, under bench/.venv
 bench: bench-peers  ## chatalign beside its peers on this machine: hours, and bench/RESULTS.md; see bench/README.md
 	rm -rf bench/results
 	$(BIN)/python bench/run.py --sizes 3.4M 7M 25M
+	$(BIN)/python bench/ppo.py
 	$(BIN)/python bench/data_prep.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/scaling.py

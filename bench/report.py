@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import ppo_report
 import workload
 
 ROOT = workload.ROOT
@@ -292,6 +293,10 @@ def main() -> None:
         ]
         lines += training_tables(training)
         lines += ["", "![Speed of every arm over the best peer's](results.png)", ""]
+    if found := read("ppo"):
+        commits = ", ".join(sorted({r["commit"] for r in found}))
+        lines += ["## PPO, one thread, process CPU time", "", f"Commit {commits}; 64 prompts a rollout, 4 epochs.", ""]
+        lines += [*ppo_report.section(found), ""]
     if found := read("data_prep"):
         lines += ["## Data preparation", "", *data_tables(found), ""]
     if found := read("startup"):
