@@ -132,6 +132,10 @@ def kept(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
     return result_V
 
 
+class _Http(ThreadingHTTPServer):
+    request_queue_size = 256  # the default of 5 resets connections when a rollout's requests come at once
+
+
 class FakeServer:
     """``vllm serve`` on a free port of the loopback; `fault` breaks /v1/completions in the way it names."""
 
@@ -147,7 +151,7 @@ class FakeServer:
         self.headers: dict[str, str] = {}
         self.lock = threading.Lock()
         self.stopping = threading.Event()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.http = _Http(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
     def get(self, path: str) -> Any:
