@@ -207,7 +207,10 @@ def draw_method(axes: Any, results: Sequence[Point], method: str, measure: str) 
 
 
 def overoptimisation(results: Sequence[Point]) -> Any:
-    """Proxy and gold against KL in the course of PPO without a penalty: a thin line a seed, their mean thick."""
+    """Proxy and gold against KL in the course of PPO without a penalty: a line a seed, from SFT on.
+
+    KL is on a square-root scale, as in Gao et al. (2210.10760): seeds run off at different steps and end far apart.
+    """
     titles = {
         "score": "reward model's score\n(sd of SFT's scores above SFT)",
         "gold": "gold reward\n(ideal: 2.25)",
@@ -215,26 +218,29 @@ def overoptimisation(results: Sequence[Point]) -> Any:
         "accuracy": "share of right answers",
     }
     with look():
-        figure, all_axes = panels(len(titles), width=11.2, height=3.1)
+        figure, all_axes = panels(len(titles), width=11.2, height=3.4)
         for axes, (measure, title) in zip(all_axes, titles.items(), strict=True):
-            draw_course(axes, results, measure, "#d9622b" if measure == "score" else "#2f6fde")
+            draw_courses(axes, results, measure)
             axes.set_title(title, fontsize=9)
             axes.set_xlabel("KL from SFT, nats a reply")
         all_axes[2].axhline(0.5, linestyle=":", linewidth=1, color=INK)
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def draw_course(axes: Any, results: Sequence[Point], measure: str, colour: str) -> None:
-    """A measure over one run's checkpoints against their KL, from SFT on."""
+def draw_courses(axes: Any, results: Sequence[Point], measure: str) -> None:
+    """A measure of each seed's policies, checkpoint after checkpoint, against their KL."""
     steps = settings(results, "no_penalty")
-    courses = [at(results, "sft", 0.0), *(at(results, "no_penalty", step) for step in steps)]
-    for seed in sorted({point.seed for point in courses[-1]}):
-        own = [point for points in courses for point in points if point.seed == seed]
-        axes.plot([p.kl for p in own], [getattr(p, measure) for p in own], color=colour, alpha=FAINT, linewidth=1)
-    xs = [spread(points, "kl").mean for points in courses]
-    axes.plot(
-        xs, [spread(points, measure).mean for points in courses], marker="o", markersize=4, color=colour, linewidth=2
-    )
+    for place, seed in enumerate(sorted({point.seed for point in results if point.method == "no_penalty"})):
+        course = [*at(results, "sft", 0.0), *(point for step in steps for point in at(results, "no_penalty", step))]
+        own = [point for point in course if point.seed == seed]
+        line = LINES[tuple(LINES)[place % len(LINES)]]
+        marks = {"marker": line.marker, "markersize": 4, "color": line.colour, "linewidth": 1.6}
+        axes.plot([p.kl for p in own], [getattr(p, measure) for p in own], label=f"seed {seed}", **marks)
+    axes.set_xscale("function", functions=(lambda kl: abs(kl) ** 0.5, lambda root: root**2))
+    largest = max(point.kl for point in results if point.method == "no_penalty")
+    axes.set_xlim(0, 1.05 * largest)
+    axes.set_xticks([tick for tick in (0, 2, 10, 25, 50, 100, 200, 400) if tick <= largest])
 
 
 @contextmanager
