@@ -16,6 +16,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 _SPARE = 64
+# Prompts read at once: sorted by length they need little padding, and few are small in memory.
+_PREFILL_ROWS = 16
 
 
 class GrowingLayer(DynamicLayer):
@@ -45,6 +47,18 @@ class GrowingLayer(DynamicLayer):
         if filled:
             self._key_buffer[:, :, :filled] = old_keys[:, :, :filled]
             self._value_buffer[:, :, :filled] = old_values[:, :, :filled]
+
+    def put(self, rows: slice, keys: Tensor, values: Tensor, *, batch: int, columns: int) -> None:
+        """Set the last columns of some rows of an empty cache for `batch` rows and `columns` tokens; 0 before them."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            capacity = columns + max(_SPARE, columns // 4)
+            # Zeros: what a mask hides is multiplied by 0, and memory as it comes may hold a NaN.
+            self._key_buffer = keys.new_zeros(batch, keys.shape[1], capacity, keys.shape[-1])
+            self._value_buffer = values.new_zeros(batch, values.shape[1], capacity, values.shape[-1])
+            self.keys, self.values = self._key_buffer[:, :, :columns], self._value_buffer[:, :, :columns]
+        self._key_buffer[rows, :, columns - keys.shape[-2] : columns] = keys
+        self._value_buffer[rows, :, columns - values.shape[-2] : columns] = values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, in that order; only rows that change their place are copied."""
@@ -84,19 +98,39 @@ class Decoding:
 
     def prefill(self) -> Tensor:
         """Read the prompts; the logits that predict each row's first new token, (B, V)."""
-        width = self.input_ids_BL.shape[1]
-        positions_BL = (self.real_BL.long().cumsum(-1) - 1).clamp(min=0)
-        mask: Tensor | None = None
         if not self.plain_cache or not self.takes_positions:
-            mask = self.real_BL.long()
-        elif self.padded:
-            columns = torch.arange(width, device=self.real_BL.device)
+            positions_BL = (self.real_BL.long().cumsum(-1) - 1).clamp(min=0)
+            return self._forward(self.input_ids_BL, positions_BL, self.real_BL.long(), self.cache)
+        batch, columns = self.input_ids_BL.shape
+        logits = []
+        for start in range(0, batch, _PREFILL_ROWS):
+            rows = slice(start, start + _PREFILL_ROWS)
+            width = int(self.lengths_B[rows].max())
+            part, _ = new_cache(self.model)
+            logits.append(
+                self._read(self.input_ids_BL[rows, columns - width :], self.real_BL[rows, columns - width :], part)
+            )
+            if batch <= _PREFILL_ROWS:
+                self.cache = part
+                break
+            layers: Any = zip(self.cache.layers, part.layers, strict=True)  # GrowingLayers, all of them
+            for whole, read in layers:
+                whole.put(rows, read.keys, read.values, batch=batch, columns=columns)
+        return torch.cat(logits)
+
+    def _read(self, input_ids_BL: Tensor, real_BL: Tensor, cache: DynamicCache) -> Tensor:
+        """Prompts of about one length into a cache of their own; the logits that predict their first new tokens."""
+        width = input_ids_BL.shape[1]
+        positions_BL = (real_BL.long().cumsum(-1) - 1).clamp(min=0)
+        mask: Tensor | None = None
+        if not bool(real_BL.all()):
+            columns = torch.arange(width, device=real_BL.device)
             causal_LL = columns[:, None] >= columns
             # A pad attends to itself: a row that may attend to nothing becomes NaN, and 0 · NaN spreads it.
-            mask = (causal_LL & self.real_BL[:, None, :] | torch.eye(width, dtype=torch.bool, device=columns.device))[
+            mask = (causal_LL & real_BL[:, None, :] | torch.eye(width, dtype=torch.bool, device=columns.device))[
                 :, None
             ]
-        return self._forward(self.input_ids_BL, positions_BL, mask)
+        return self._forward(input_ids_BL, positions_BL, mask, cache)
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """Feed one token a row; the logits that predict the next one, (B, V)."""
@@ -108,18 +142,18 @@ class Decoding:
             mask = self.real_BL.long()
         elif self.padded:
             mask = self.real_BL[:, None, None, :]
-        return self._forward(tokens_B[:, None], positions_B1, mask)
+        return self._forward(tokens_B[:, None], positions_B1, mask, self.cache)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
         self.cache.batch_select_indices(rows)
         self.lengths_B, self.real_BL = self.lengths_B[rows], self.real_BL[rows]
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
         if self.takes_positions:
             inputs["position_ids"] = position_ids
-        output = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 

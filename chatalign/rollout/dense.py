@@ -7,13 +7,13 @@ time of a rollout). Elsewhere a second copy of a large base would not fit.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,7 +49,7 @@ def _dense(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:
         for module in model.modules():
             if id(module) in inside:
                 continue
-            if isinstance(module, LoraLinear):
+            if _is_lora(module):
                 inside |= {id(child) for child in module.modules()}
                 if _is_plain(module):
                     merged = _merged(module)
@@ -57,6 +57,12 @@ def _dense(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:
             elif type(module) is nn.Linear and half and _is_frozen(module):
                 found.append((module, module.weight.to(half)))
     return found
+
+
+def _is_lora(module: Any) -> bool:
+    # Who has such a layer has imported peft; who hasn't is spared 100 MB.
+    lora = sys.modules.get("peft.tuners.lora")
+    return lora is not None and isinstance(module, lora.Linear)
 
 
 def _is_frozen(layer: nn.Linear) -> bool:
@@ -85,7 +91,7 @@ def _merged(layer: Any) -> Tensor:
 
 def _forward(weight: Tensor) -> Callable[..., Tensor]:
     def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = layer.get_base_layer() if isinstance(layer, LoraLinear) else layer
+        base: Any = layer.get_base_layer() if _is_lora(layer) else layer
         return F.linear(x, weight, base.bias)
 
     return forward

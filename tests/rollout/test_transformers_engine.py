@@ -186,3 +186,16 @@ def test_noise_after_the_stop_token_changes_nothing() -> None:
     noisy[0, 2:] = torch.tensor([3, 20, 11])
     noise[0, 2:] = torch.nan
     assert cut_at_stops(noisy, noise, sampler) == clean
+
+
+def test_many_prompts_are_read_in_groups_and_answered_as_one_by_one() -> None:
+    # 37 prompts: three groups, of unlike widths, in one cache; then rows leave it as they end.
+    model = _model("llama").eval()
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(4, 40, (1 + row % 23,), generator=draw).tolist() for row in range(37)]
+    sampling = Sampling(max_new_tokens=9, stop_token_ids=STOPS, forbidden_token_ids=(PAD,), temperature=0.8, seed=3)
+    together = TransformersRollout(model, PAD).generate(prompts, sampling)
+    alone = TransformersRollout(model, PAD, batch_size=1).generate(prompts, sampling)
+    assert together.response_ids == alone.response_ids
+    for prompt, reply, logps in zip(prompts, together.response_ids, together.logprobs, strict=True):
+        assert logps == pytest.approx(_whole_forward_logprobs(model, prompt, reply, 0.8), abs=1e-5)
