@@ -27,7 +27,8 @@ from ppo_harness import WORKS, lengths_of
 RESULTS = workload.ROOT / "bench" / "results" / "ppo.jsonl"
 PARTS = (*WORKS, "rollout", "memory", "floor")
 PROBED = ("scores", "logps", "ref_logps", "values")
-SAME = {"float32": 1e-4, "bfloat16": 5e-2}
+# TRL's frozen models are bf16 throughout, where a logit of 16 is rounded by up to 0.06.
+SAME = {"float32": 1e-4, "bfloat16": 0.1}
 FIRST_KL = {"float32": 1e-4, "bfloat16": 5e-2}  # nats a reply
 DTYPES = ("bfloat16", "float32")
 SLOWEST = 0.85
