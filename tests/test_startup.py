@@ -126,4 +126,4 @@ def test_a_fresh_process_imports_a_stage_without_collecting_and_keeps_it_out_of_
     assert frozen > 100_000
     assert later == frozen, "a process that has torch may hold a model: it must not be frozen"
     assert enabled
-    assert allocation == ["1", "24", "7"], "what keeps a training's memory small, but for what the user set"
+    assert allocation == ["1", "8", "7"], "what keeps a training's memory small, but for what the user set"
