@@ -111,11 +111,10 @@ def rollout_table(results: Sequence[Result], sizes: Sequence[str]) -> list[str]:
         base = fastest({arm: runs for arm, runs in arms.items() if arm.startswith("generate-")})
         if base is None:
             continue
-        ours = fastest({arm: runs for arm, runs in arms.items() if arm.startswith(OURS)})
         for arm in sorted(arms, key=lambda arm: -middle(arms[arm])):
             over, peak = ratios(arms[arm], arms[base]), middle(arms[arm], "peak_mb")
             held = "– | –"
-            if arm == ours and over:
+            if arm.startswith(OURS) and over:
                 passed = median(over) >= ROLLOUT_BAR and peak < middle(arms[base], "peak_mb")
                 held = f"≥ {ROLLOUT_BAR}, less memory | {'yes' if passed else 'no'}"
             speed = spread([r["items_per_cpu_s"] for r in arms[arm]], 0)
