@@ -77,11 +77,12 @@ class Collector:
         self._to_be_checked = other_sampler
         # The trainer puts its own in place: replies are drawn at the precision that they are trained at.
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def collect(self, rows: Sequence[dict[str, Any]], sampling: Sampling, row_seeds: Sequence[int]) -> Collected:
         """Episodes for prompt rows (``prompt_ids``, and ``prompt`` and ``extra`` as JSON), all tensors on the CPU."""
         prompt_ids = [list(row["prompt_ids"]) for row in rows]
-        with self.autocast():
+        with self.gathered(), self.autocast():
             started = time.perf_counter()
             rollout = self.engine.generate(prompt_ids, sampling, row_seeds=row_seeds)
             drawn = time.perf_counter()
@@ -116,7 +117,7 @@ class Collector:
 
     def draw(self, rows: Sequence[dict[str, Any]], sampling: Sampling, row_seeds: Sequence[int]) -> Replies:
         """Replies to prompt rows with nothing measured on them."""
-        with self.autocast():
+        with self.gathered(), self.autocast():
             rollout = self.engine.generate([list(row["prompt_ids"]) for row in rows], sampling, row_seeds=row_seeds)
         return self.read(rows, rollout.response_ids)
 

@@ -97,6 +97,12 @@ class PpoModel(nn.Module):
         ]
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the layers that FSDP gathers one at a time."""
+        trunks = [unwrapped(self.policy), *([] if self.value_trunk is None else [self.value_trunk])]
+        return sorted({name for trunk in trunks for name in trunk._no_split_modules or ()})
+
+    @property
     def shares_trunk(self) -> bool:
         """Whether the value head reads the policy's own hidden states."""
         return self.value_trunk is None and self.value_adapter is None
@@ -110,6 +116,9 @@ class PpoModel(nn.Module):
             values = self.value_pass(batch, batch["predict_positions"])
         ptx_logps = token_logprobs(self.policy, ptx)[0] if ptx is not None else None
         return PpoOutput(logps=logps, entropy=entropy, values=values, ptx_logps=ptx_logps)
+
+    def no_pass(self) -> None:
+        """A forward pass of nothing, for what only looks at which module's comes first."""
 
     def policy_pass(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, entropies (K,) and hidden states (K, D) at the places that predict the response."""

@@ -32,13 +32,15 @@ def fit_on_replies(play: Play, model: PpoModel, prompt_rows: Any, gather: Gather
     units. Raises ModelError where a model's scores do not vary.
     """
     schedule, collector = play.schedule, play.collector
-    shared = range(min(_REPLIES, len(prompt_rows)) // schedule.world_size * schedule.world_size)
-    own = schedule.own(shared) or [0]
-    replies = collector.draw([prompt_rows[row] for row in own], play.sampling, [_SEEDS + row for row in own])
+    own = list(range(min(_REPLIES, len(prompt_rows))))[schedule.rank :: schedule.world_size]
+    drawn = own or [0]  # a process without a prompt draws with the others, and counts for nothing
+    replies = collector.draw([prompt_rows[row] for row in drawn], play.sampling, [_SEEDS + row for row in drawn])
     for place, term in enumerate(collector.rewards.terms):
         if not isinstance(term.scorer, ModelScorer):
             continue
-        scores = gather(term.scorer(replies).tolist())
+        with collector.gathered():
+            own_scores = term.scorer(replies).tolist()
+        scores = gather(own_scores[: len(own)])
         normaliser = ScoreNormaliser()
         normaliser.update(torch.tensor(scores))
         if not normaliser.std > 0:

@@ -27,8 +27,9 @@ from chatalign.engine.ppo_experience import Episodes, Experience, evaluation_met
 from chatalign.engine.ppo_model import PpoModel, PpoOutput, allow_all_tokens
 from chatalign.engine.ppo_normalise import fit_on_replies
 from chatalign.engine.ppo_schedule import Position
+from chatalign.engine.ppo_shards import ShardedTrainer
 from chatalign.engine.ppo_state import load_experience, save_experience
-from chatalign.engine.trainer import Items, Metrics, StageTrainer
+from chatalign.engine.trainer import Items, Metrics
 from chatalign.errors import ModelError, NonFiniteError
 from chatalign.maths import AdaptiveKLController, FixedKLController, entropy_bonus, policy_loss, value_loss
 from chatalign.recipe import PpoRecipe, PpoSection
@@ -50,7 +51,7 @@ class RolloutLoader:
         return self.trainer.batches()
 
 
-class PpoTrainer(StageTrainer):
+class PpoTrainer(ShardedTrainer):
     """Schulman et al. (1707.06347) on rewards with a KL penalty a token (2203.02155), details as in 2403.17031."""
 
     items: ClassVar[Items] = "tokens"
@@ -78,15 +79,10 @@ class PpoTrainer(StageTrainer):
             eval_rows=eval_rows,
             collate=collate_lm,
         )
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if self.is_fsdp_enabled or getattr(plugin, "zero_stage", 0) == 3:
-            raise ModelError(
-                "PPO does not train sharded weights: launch with accelerate_configs/ddp.yaml, and a `lora` section or "
-                "`quantization` where one GPU is too small"
-            )
+        self.prepare_shards()
         self.play = play
         play.collector.rewards.to(args.device)
-        play.collector.autocast = self.accelerator.autocast
+        play.collector.autocast, play.collector.gathered = self.accelerator.autocast, self.gathered
         self.section: PpoSection = recipe.ppo
         self.prompt_rows: Any = train_rows
         self.eval_prompt_rows: Any = eval_rows
@@ -321,6 +317,8 @@ class PpoTrainer(StageTrainer):
         """After training: leave the policy alone as the model, as it was loaded, ready to be saved."""
         allow_all_tokens(self.model.policy)
         self.model = self.model.policy
+        if self.is_fsdp_enabled:
+            self.model_wrapped = self.model
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -118,8 +118,8 @@ class SealedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:  # gathered from shards
             super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            save_trainable(self.model, Path(output_dir or self.run.checkpoints))
+        else:
+            save_trainable(self.model, Path(output_dir or self.run.checkpoints), write=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is not None:  # sharded, and wrapped already

@@ -148,12 +148,21 @@ def finish(
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         restore_for_use(model, getattr(trainer, "saved_use_cache", None))
+        if state_dict is not None:
+            state_dict = without_tied_copies(model, state_dict)
         save_model(model, tokenizer, run.model_folder, base_ref=base_ref, state_dict=state_dict)
         hashes = text_hashes(tokenizer, run.model_folder)
         artifact = artifact.model_copy(update={"files": hash_files(run.folder), **hashes})
         artifact.save(run.folder)
     accelerator.wait_for_everyone()
     return artifact
+
+
+def without_tied_copies(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict gathered from shards, each tied weight once, under the name that transformers saves it by."""
+    once = {name for name, _ in model.named_parameters()}
+    copies = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    return {name: tensor for name, tensor in state_dict.items() if name not in copies}
 
 
 def text_hashes(tokenizer: Any, folder: Path) -> dict[str, str | None]:

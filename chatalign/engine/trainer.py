@@ -148,7 +148,7 @@ class StageTrainer(SealedTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of the recipe, on a CPU with its states made."""
         optimizer = super().create_optimizer(model)
-        if self.args.device.type == "cpu":
+        if self.args.device.type == "cpu" and not self.is_fsdp_enabled:  # FSDP puts other parameters in their place
             make_early(optimizer)
         return optimizer
 

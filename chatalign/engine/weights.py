@@ -9,19 +9,30 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from chatalign.errors import CheckpointError
 
 TRAINABLE_FILE = "trainable.safetensors"
 
 
-def save_trainable(model: nn.Module, folder: Path) -> None:
-    """Write the weights that require a gradient into `folder`."""
+def save_trainable(model: nn.Module, folder: Path, *, write: bool = True) -> None:
+    """Write the weights that require a gradient into `folder`, whole.
+
+    Every process of a sharded model calls it; the one with `write` writes.
+    """
     from safetensors.torch import save_file
 
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if write:
+                tensors[name] = whole.detach().cpu().contiguous()
+    if not write:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     save_file(tensors, folder / TRAINABLE_FILE, metadata={"format": "pt"})
 
 
@@ -38,4 +49,11 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
         raise CheckpointError(f"{path}: not the weights of this model; delete the checkpoint and start the run anew")
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(saved[name])
+            if isinstance(parameter, DTensor):
+                whole = saved[name].to(parameter.device)
+                # Each process cuts its own part out: all have read the same file.
+                parameter.copy_(
+                    distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                )
+            else:
+                parameter.copy_(saved[name])

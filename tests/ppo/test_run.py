@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from chatalign import ppo
-from chatalign.errors import DataError, ModelError, NonFiniteError, RecipeError
+from chatalign.errors import DataError, NonFiniteError, RecipeError
 from chatalign.recipe import PpoRecipe
 
 from .conftest import LORA, Make
@@ -159,17 +159,3 @@ def test_a_bad_reward_function_is_refused(
 def test_prompts_too_long_for_the_model_are_refused(make_recipe: Make) -> None:
     with pytest.raises(RecipeError, match=r"set `data\.max_prompt_length` to 12 or less"):
         ppo.run(make_recipe("run", {"ppo": {"response_length": 500}}))
-
-
-def test_sharded_weights_are_refused_before_a_rollout(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import Trainer
-
-    prepare = Trainer.create_accelerator_and_postprocess
-
-    def sharding(self: Trainer) -> None:
-        prepare(self)
-        self.is_fsdp_enabled = True
-
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharding)
-    with pytest.raises(ModelError, match="does not train sharded weights"):
-        ppo.run(make_recipe())
