@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from chatalign.data.collate import collate_lm, collate_sequences
 from chatalign.engine.batching import Batch, to_device
 from chatalign.engine.metrics import MetricSums
+from chatalign.engine.model_setup import set_up_reference
 from chatalign.engine.ppo_collect import Play, speeds
 from chatalign.engine.ppo_experience import Episodes, Experience, evaluation_metrics, make_experience
 from chatalign.engine.ppo_model import PpoModel, PpoOutput, allow_all_tokens
@@ -79,6 +80,10 @@ class PpoTrainer(ShardedTrainer):
             eval_rows=eval_rows,
             collate=collate_lm,
         )
+        reference = play.collector.reference.module
+        if reference is not None:  # with the policy's own kernels: the KL of the first rollout is 0 in any precision
+            with self.accelerator.autocast():
+                set_up_reference(reference, recipe, self.levers)
         self.prepare_shards()
         self.play = play
         play.collector.rewards.to(args.device)

@@ -23,3 +23,12 @@ def test_values_and_log_probabilities_are_one_a_token(
     lines = logged(recipe)
     assert len(lines) == 2 * 2 * 2
     assert all(line["grad_norm"] > 0 and torch.tensor(line["loss/value"]).isfinite() for line in lines)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_reference_rounds_as_the_policy_does(make_recipe: Make, lora: dict[str, Any] | None) -> None:
+    recipe = make_recipe("run", {"lora": lora, "train": {"bf16": True}})
+    ppo.run(recipe)
+    first = logged(recipe)[0]
+    assert first["objective/kl"] == 0
+    assert first["objective/kl_k3"] == 0
