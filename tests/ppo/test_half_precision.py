@@ -9,7 +9,7 @@ import torch
 
 from chatalign import ppo
 
-from .conftest import LORA, Make
+from .conftest import LORA, Make, built
 from .test_run import logged
 
 
@@ -25,10 +25,15 @@ def test_values_and_log_probabilities_are_one_a_token(
     assert all(line["grad_norm"] > 0 and torch.tensor(line["loss/value"]).isfinite() for line in lines)
 
 
-@pytest.mark.parametrize("lora", [None, LORA])
-def test_the_reference_rounds_as_the_policy_does(make_recipe: Make, lora: dict[str, Any] | None) -> None:
-    recipe = make_recipe("run", {"lora": lora, "train": {"bf16": True}})
-    ppo.run(recipe)
-    first = logged(recipe)[0]
-    assert first["objective/kl"] == 0
-    assert first["objective/kl_k3"] == 0
+def test_the_reference_runs_the_policys_kernels(make_recipe: Make) -> None:
+    """Else the KL of the first rollout is a few thousandths in half precision, in place of 0."""
+    trainer = built(make_recipe("run", {"train": {"bf16": True}}))
+    policy, reference = (
+        {name for name, module in model.named_modules() if "forward" in vars(module)}
+        for model in (trainer.model.policy, trainer.play.collector.reference.module)
+    )
+    assert len(policy) > 4
+    assert reference == policy
+    trainer.train()
+    first = next(line for line in trainer.state.log_history if "objective/kl" in line)
+    assert first["objective/kl"] == first["objective/kl_k3"] == 0
