@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,10 +107,25 @@ class PpoModel(nn.Module):
         """Whether the value head reads the policy's own hidden states."""
         return self.value_trunk is None and self.value_adapter is None
 
-    def forward(self, batch: dict[str, Any], ptx: dict[str, Any] | None = None) -> PpoOutput:
-        """Log-probabilities, entropies and values of a flat batch of replies, and log-probabilities of `ptx`."""
+    def forward(
+        self,
+        batch: dict[str, Any],
+        ptx: dict[str, Any] | None = None,
+        *,
+        part: Literal["both", "policy", "value"] = "both",
+    ) -> PpoOutput:
+        """Log-probabilities, entropies and values of a flat batch of replies, and log-probabilities of `ptx`.
+
+        With `part`, of a model whose two sides share no trained weight, what the other side gives is left empty.
+        """
+        nothing = torch.empty(0)
+        if part == "value":
+            values = self.value_pass(batch, batch["predict_positions"])
+            return PpoOutput(logps=nothing, entropy=nothing, values=values, ptx_logps=None)
         logps, entropy, hidden = self.policy_pass(batch)
-        if self.shares_trunk:
+        if part == "policy":
+            values = nothing
+        elif self.shares_trunk:
             values = self.value_head(hidden.detach() if self.detach_value else hidden)
         else:
             values = self.value_pass(batch, batch["predict_positions"])

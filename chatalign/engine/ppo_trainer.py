@@ -32,7 +32,7 @@ from chatalign.engine.ppo_shards import ShardedTrainer
 from chatalign.engine.ppo_state import load_experience, save_experience
 from chatalign.engine.trainer import Items, Metrics
 from chatalign.errors import ModelError, NonFiniteError
-from chatalign.maths import AdaptiveKLController, FixedKLController, entropy_bonus, policy_loss, value_loss
+from chatalign.maths import AdaptiveKLController, FixedKLController, ValueLoss, entropy_bonus, policy_loss, value_loss
 from chatalign.recipe import PpoRecipe, PpoSection
 from chatalign.runs import Run
 
@@ -172,7 +172,12 @@ class PpoTrainer(ShardedTrainer):
         section, warming = self.section, self.position.rollout < self.section.value_warmup_rollouts
         self.model.detach_value = warming
         ptx = batch.get("ptx")
-        out: PpoOutput = model(batch, ptx)
+        value = None
+        if self._sides_apart:
+            # The value function's activations are gone before the policy's come.
+            value = self._value_loss(model(batch, part="value").values, batch, num_items)
+            self.accelerator.backward(section.vf_coef * value.loss)
+        out: PpoOutput = model(batch, ptx, part="policy" if self._sides_apart else "both")
         mask = torch.ones_like(out.logps, dtype=torch.bool)
         policy = policy_loss(
             logps_BT=out.logps,
@@ -183,14 +188,8 @@ class PpoTrainer(ShardedTrainer):
             normaliser=num_items,
             importance_weights_BT=batch.get("importance_weights"),
         )
-        value = value_loss(
-            values_BT=out.values,
-            old_values_BT=batch["old_values"],
-            returns_BT=batch["returns"],
-            mask_BT=mask,
-            clip_range=section.cliprange_value,
-            normaliser=num_items,
-        )
+        if value is None:
+            value = self._value_loss(out.values, batch, num_items)
         policy_side = policy.loss
         if section.entropy_coef > 0:
             policy_side = policy_side + entropy_bonus(
@@ -198,7 +197,8 @@ class PpoTrainer(ShardedTrainer):
             )
         if out.ptx_logps is not None:
             policy_side = policy_side - section.ptx_coef * out.ptx_logps.sum() / batch["ptx_items"]
-        loss = (0.0 if warming else 1.0) * policy_side + section.vf_coef * value.loss
+        value_side = section.vf_coef * value.loss
+        loss = (0.0 if warming else 1.0) * policy_side + (value_side.detach() if self._sides_apart else value_side)
         count = len(out.logps)
         log_ratio = out.logps.detach() - batch["old_logps"]
         metrics = {
@@ -218,6 +218,25 @@ class PpoTrainer(ShardedTrainer):
             metrics["sampler/logprob_gap"] = log_ratio.abs()
         self._note_step(policy.approxkl, log_ratio, batch["fresh"])
         return loss, metrics
+
+    @property
+    def _sides_apart(self) -> bool:
+        """Whether policy and value function, sharing no trained weight, have a backward pass each: half the memory.
+
+        DDP, FSDP and DeepSpeed reduce gradients in one.
+        """
+        plain = self.args.world_size == 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        return plain and not self.model.shares_trunk
+
+    def _value_loss(self, values: Tensor, batch: Batch, num_items: float | Tensor) -> ValueLoss:
+        return value_loss(
+            values_BT=values,
+            old_values_BT=batch["old_values"],
+            returns_BT=batch["returns"],
+            mask_BT=torch.ones_like(values, dtype=torch.bool),
+            clip_range=self.section.cliprange_value,
+            normaliser=num_items,
+        )
 
     def _note_step(self, approxkl: Tensor, log_ratio: Tensor, fresh: bool) -> None:
         if self.section.target_kl is not None:
