@@ -14,12 +14,15 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
+    names = ("ppo_report", "ppo", "ppo_work", "ppo_harness", "run", "workload", "harness")
+    # tests/ppo is a package of the name of bench/ppo.py: in a run of the whole suite it is imported already
+    hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(BENCH))
-    names = ("ppo_report", "ppo", "ppo_work", "ppo_harness")
-    yield {name: importlib.import_module(name) for name in names}
+    yield {name: importlib.import_module(name) for name in names[:4]}
     sys.path.remove(str(BENCH))
-    for name in (*names, "run", "workload", "harness"):
+    for name in names:
         sys.modules.pop(name, None)
+    sys.modules.update(hidden)
 
 
 def result(arm: str, speed: float, *, work: str = "equal", repeat: int = 0, **more: Any) -> dict[str, Any]:
