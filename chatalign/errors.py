@@ -38,6 +38,10 @@ class NonFiniteError(ChatalignError, ArithmeticError):
     """A loss, reward or gradient that is NaN or infinite; the run stops here."""
 
 
+class GuardError(ChatalignError, RuntimeError):
+    """A run that would go on and be wrong: a promise that the guard holds at start or at a step is broken."""
+
+
 class DependencyError(ChatalignError, ImportError):
     """An optional package that the recipe needs and that isn't installed."""
 
