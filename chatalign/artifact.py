@@ -53,6 +53,7 @@ class DataUsed(Section):
     rows: int
     used: int
     dropped: dict[str, int] = {}  # reason → count
+    examples: dict[str, list[str]] = {}  # reason → where the first of those rows stand, file:row
 
 
 class Artifact(Section):

@@ -48,7 +48,7 @@ def _check_source(source: DatasetSource, section: DataSection, kind: Kind, hashe
         rows = read_source(source, keep_broken=True)
     except DataError as error:
         return [str(error)]
-    problems = list(rows.problems)
+    problems = [str(row) for row in rows.problems]
     format_ = None
     good = 0
     for where, columns in rows:

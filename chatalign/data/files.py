@@ -33,9 +33,23 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """What is wrong with a row that can't be read."""
+    """What is wrong with a row that can't be read. `reason` is what drops are counted by, `detail` is this row's."""
 
-    problem: str
+    reason: str
+    detail: str = ""
+    mend: str = _MEND
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenRow:
+    """A row that can't be read, and where it stands (file:row). As text it is a finished line."""
+
+    place: str
+    broken: Broken
+
+    def __str__(self) -> str:
+        detail = f" ({self.broken.detail})" if self.broken.detail else ""
+        return f"{self.place}: {self.broken.reason}{detail} → {self.broken.mend}"
 
 
 @dataclass(frozen=True)
@@ -86,8 +100,8 @@ class _NotAList(Exception):
     """The json file isn't one list of objects, or is broken: only its whole text tells."""
 
 
-def read_file(path: Path) -> tuple[Part, list[str]]:
-    """A file's good rows, and a line (``file:row: problem → mend``) for each of the others.
+def read_file(path: Path) -> tuple[Part, list[BrokenRow]]:
+    """A file's good rows, and each of the others.
 
     Raises DataError where nothing of the file can be read.
     """
@@ -101,10 +115,11 @@ def read_file(path: Path) -> tuple[Part, list[str]]:
             reader = _json_reader(path)
         parse = _PARSERS.get(reader)
         read = partial(reader if parse is None else _lines, path)
-        count, problems = 0, []
+        count = 0
+        problems: list[BrokenRow] = []
         for number, row in read() if parse is None else parse(read()):
             if isinstance(row, Broken):
-                problems.append(f"{path}:{number}: {row.problem} → {_MEND}")
+                problems.append(BrokenRow(f"{path}:{number}", row))
             else:
                 count += 1
     except UnicodeDecodeError as error:
@@ -153,7 +168,7 @@ def _jsonl_rows(lines: Iterable[tuple[int, bytes]]) -> Numbered:
         try:
             yield number, _object(json.loads(line.rstrip("\n")))
         except json.JSONDecodeError as error:
-            yield number, Broken(f"broken JSON ({error.msg}, column {error.colno})")
+            yield number, Broken("broken JSON", f"{error.msg}, column {error.colno}")
 
 
 def _jsonl(path: Path) -> Numbered:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 LOST_TARGETS_LIMIT = 0.01  # a larger share of rows without targets is a mistake in max_length, not in the rows
 _CHUNK = 250  # rows encoded at once: enough for a tokenizer's batch, and few to hold
 _TRAIN, _EVAL, _NEITHER = range(3)  # the side that a row goes to
+_EXAMPLES = 5  # rows named for each reason that rows are left out; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class _Source:
     raw: Rows
     format: str = ""
     dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     lost_targets: int = 0
     used: int = 0
     train_rows: int = 0
@@ -59,6 +61,13 @@ class _Source:
     def total(self) -> int:
         """Rows of the source, broken ones too."""
         return len(self.raw) + len(self.raw.problems)
+
+    def drop(self, reason: str, place: str) -> None:
+        """Count a row (``file:row``) that is left out; the first of each reason are named."""
+        self.dropped[reason] += 1
+        named = self.examples.setdefault(reason, [])
+        if len(named) < _EXAMPLES:
+            named.append(place)
 
     def account(self) -> DataUsed:
         """The record for ``artifact.json``."""
@@ -69,6 +78,7 @@ class _Source:
             rows=self.total,
             used=self.used,
             dropped=dict(sorted(self.dropped.items())),
+            examples=dict(sorted(self.examples.items())),
         )
 
 
@@ -151,8 +161,8 @@ class _Pass:
 
     def _encode(self, loaded: _Source, files: Sequence[TableFile], *, held_out: bool = False) -> None:
         """Write the encoded rows of one source to their sides; those left out are counted in `loaded`."""
-        if loaded.raw.problems:
-            loaded.dropped["broken JSON or CSV"] += len(loaded.raw.problems)
+        for row in loaded.raw.problems:
+            loaded.drop(row.broken.reason, row.place)
         hashed = held_out or bool(self.asked or self.section.eval_fraction)
         for made in self.workers.encode(self._tasks(loaded, hashed)):
             if held_out:
@@ -176,15 +186,16 @@ class _Pass:
 
     def _format(self, loaded: _Source, chunk: Chunk) -> Format | None:
         """The format by the first row that has the mapped columns; where none has, they are counted as left out."""
-        reasons: Counter[str] = Counter()
+        bad_rows: list[tuple[str, str]] = []
         for where, columns in chunk:
             try:
                 return format_of(loaded.source, columns, self.kind)
             except BadRow as bad:
                 if self.section.on_bad_row == "error":
                     raise DataError(f"{where}: {bad}") from None
-                reasons[bad.reason] += 1
-        loaded.dropped += reasons
+                bad_rows.append((bad.reason, where))
+        for reason, place in bad_rows:
+            loaded.drop(reason, place)
         return None
 
     def _side(self, digest: str) -> int:
@@ -196,7 +207,7 @@ class _Pass:
     def _count(self, loaded: _Source, place: str, side: int, outcome: Outcome) -> None:
         """Put a row to the source's account, or raise DataError where the recipe doesn't let it pass."""
         if side == _NEITHER:
-            loaded.dropped["its prompt is in eval_datasets"] += 1
+            loaded.drop("its prompt is in eval_datasets", place)
             return
         if isinstance(outcome, int):
             loaded.used += 1
@@ -208,7 +219,7 @@ class _Pass:
             if self.section.on_overlong == "error":
                 raise DataError(f"{place}: {outcome.reason} → raise it, cut the row, or set data.on_overlong")
             loaded.lost_targets += outcome.lost_target
-        loaded.dropped[outcome.reason] += 1
+        loaded.drop(outcome.reason, place)
 
 
 def _check_account(loaded: _Source, section: DataSection) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chatalign.artifact import fingerprint, sha256_file
-from chatalign.data.files import SUFFIXES, Chunk, Part, read_file, reader_of
+from chatalign.data.files import SUFFIXES, BrokenRow, Chunk, Part, read_file, reader_of
 from chatalign.errors import DataError, HubError
 from chatalign.recipe import DatasetSource
 
@@ -29,7 +29,7 @@ class Rows:
     source: DatasetSource
     parts: Sequence[Part]
     sha256: str
-    problems: Sequence[str] = field(default=())  # rows that could not be read at all, as finished lines
+    problems: Sequence[BrokenRow] = field(default=())  # rows that could not be read at all
 
     def __len__(self) -> int:
         total = sum(part.count for part in self.parts)
@@ -50,7 +50,7 @@ class Rows:
 def read_source(source: DatasetSource, *, keep_broken: bool = False) -> Rows:
     """Every row of a source: a local file or folder where the path exists, else a Hub dataset.
 
-    Rows that can't be parsed are in `problems` where `keep_broken` is true (``file:row: problem → mend``).
+    Rows that can't be parsed are in `problems` where `keep_broken` is true.
     Raises DataError for a path that is neither, a file that can't be read, a broken row or a source without rows;
     HubError where the Hub can't be reached.
     """
@@ -66,7 +66,7 @@ def read_source(source: DatasetSource, *, keep_broken: bool = False) -> Rows:
         rows = _read_hub(source)
     if rows.problems and not keep_broken:
         more = f" ({len(rows.problems) - 1} more such rows)" if len(rows.problems) > 1 else ""
-        raise DataError(rows.problems[0] + more)
+        raise DataError(f"{rows.problems[0]}{more}")
     if len(rows) == 0 and not rows.problems:
         raise DataError(f"{source.path}: holds no rows; give a file with at least one")
     return rows
@@ -97,7 +97,7 @@ def _read_folder(source: DatasetSource, folder: Path) -> Rows:
         raise DataError(f"{folder}: holds no data files; expected {', '.join(SUFFIXES)}")
     read = [read_file(path) for path in files]
     sha256 = fingerprint({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
-    return Rows(source, [part for part, _ in read], sha256, [line for _, lines in read for line in lines])
+    return Rows(source, [part for part, _ in read], sha256, [row for _, broken in read for row in broken])
 
 
 def _read_saved(source: DatasetSource, folder: Path) -> Rows:

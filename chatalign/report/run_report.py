@@ -101,18 +101,29 @@ def _metrics(artifact: Artifact) -> str:
 
 
 def _data(artifact: Artifact) -> str:
-    rows = [
+    sources = [
         (
             used.path,
             used.format,
             f"{used.rows:,}",
             f"{used.used:,}",
-            ", ".join(f"{count} {reason}" for reason, count in used.dropped.items()) or "none",
+            f"{sum(used.dropped.values()):,}",
             _short(used.sha256),
         )
         for used in artifact.data
     ]
-    return markdown_table(("source", "format", "rows", "used", "dropped", "sha256"), rows)
+    table = markdown_table(("source", "format", "rows", "used", "dropped", "sha256"), sources)
+    return "\n\n".join(part for part in (table, _dropped(artifact)) if part)
+
+
+def _dropped(artifact: Artifact) -> str:
+    """Why rows were left out, how many for each reason, and where the first of them stand."""
+    rows = [
+        (used.path, reason, f"{count:,}", ", ".join(used.examples.get(reason, [])) or "–")
+        for used in artifact.data
+        for reason, count in used.dropped.items()
+    ]
+    return markdown_table(("source", "dropped because", "rows", "first at"), rows)
 
 
 def _lineage(artifact: Artifact) -> str:

@@ -191,10 +191,22 @@ def test_bad_rows_stop_the_run_or_are_counted(tmp_path: Path) -> None:
     made = prepare(section(path, on_bad_row="drop"), TOKENIZER, "conversation", seed=0)
     assert (made.used[0].rows, made.used[0].used) == (5, 2)
     assert made.used[0].dropped == {
-        "broken JSON or CSV": 1,
+        "broken JSON": 1,
         "completion: is empty": 1,
         "completion: is missing, not a list of turns": 1,
     }
+    assert made.used[0].examples == {
+        "broken JSON": [f"{path}:5"],
+        "completion: is empty": [f"{path}:2"],
+        "completion: is missing, not a list of turns": [f"{path}:3"],
+    }
+
+
+def test_five_rows_of_each_reason_are_named(tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "sft.jsonl", [qa(0), *({"prompt": "x", "completion": ""} for _ in range(9))])
+    used = prepare(section(path, on_bad_row="drop"), TOKENIZER, "conversation", seed=0).used[0]
+    assert used.dropped == {"completion: is empty": 9}
+    assert used.examples == {"completion: is empty": [f"{path}:{row}" for row in range(2, 7)]}
 
 
 def test_raw_text_without_a_template(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_broken_rows_can_be_kept_apart(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", '{"a": 1}\n{"a": \n3\n{"a": 2}\n')
     rows = read_source(DatasetSource(path=str(path)), keep_broken=True)
     assert [row for _, row in rows] == [{"a": 1}, {"a": 2}]
-    assert [problem.split(": ")[0] for problem in rows.problems] == [f"{path}:2", f"{path}:3"]
+    assert [row.place for row in rows.problems] == [f"{path}:2", f"{path}:3"]
     with pytest.raises(DataError, match=r"rows\.jsonl:2: .*\(1 more such rows\)"):
         read(path)
 

@@ -50,7 +50,17 @@ def make_run(folder: Path, stage: str, lines: list[dict[str, Any]], **changes: A
         "fingerprint": fingerprint(stage + "f"),
         "base_model": BaseModelRef(name_or_path="data/pocket/base", sha256=fingerprint("base")),
         "recipe": {"stage": stage, "train": {"learning_rate": 0.001}},
-        "data": [DataUsed(path="rows.jsonl", sha256="ab" * 32, format="messages", rows=10, used=8, dropped={"bad": 2})],
+        "data": [
+            DataUsed(
+                path="rows.jsonl",
+                sha256="ab" * 32,
+                format="messages",
+                rows=10,
+                used=7,
+                dropped={"messages[1].content: is empty": 2, "broken JSON": 1},
+                examples={"messages[1].content: is empty": ["rows.jsonl:3", "rows.jsonl:8"]},
+            )
+        ],
         "seeds": {"seed": 42},
         "metrics": {"loss": 0.5},
         "wall_s": 185.0,
@@ -175,7 +185,9 @@ def test_a_run_report(pipeline: Any) -> None:
     assert "| result | loss 0.500 |" in text
     assert "| time | 3 min 05 s |" in text
     assert "| tokens | 12,345 (6,789 a second) |" in text
-    assert "| rows.jsonl | messages | 10 | 8 | 2 bad | abababababab |" in text
+    assert "| rows.jsonl | messages | 10 | 7 | 3 | abababababab |" in text
+    assert "| rows.jsonl | messages[1].content: is empty | 2 | rows.jsonl:3, rows.jsonl:8 |" in text
+    assert "| rows.jsonl | broken JSON | 1 | – |" in text
     assert "seed 42" in text
     assert "learning_rate: 0.001" in text
     assert "![loss](plots/loss.png)" in text
