@@ -185,17 +185,27 @@ def merge(
 
 @app.command()
 def push(
-    model: Annotated[str, typer.Argument(metavar="RUN", help="A finished run's folder.")],
-    repo: Annotated[str, typer.Option(help="The Hub repository, as me/my-assistant.")],
+    run_folder: Annotated[
+        str, typer.Argument(metavar="RUN", help="A finished run's folder; any above it (--pending).")
+    ],
+    repo: Annotated[str | None, typer.Option(help="The Hub repository, as me/my-assistant.")] = None,
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = True,
+    pending: Annotated[
+        bool, typer.Option("--pending", help="Upload what the Hub didn't take when it was made.")
+    ] = False,
     traceback: Trace = False,
 ) -> None:
     """Upload a finished run's model, tokenizer and card to the Hub."""
 
     def work() -> None:
+        from chatalign.errors import RecipeError
         from chatalign.hub import push as upload
+        from chatalign.hub import push_pending
 
-        print(upload(model, repo, private=private))
+        if pending == (repo is not None):
+            raise RecipeError("push: give either `--repo me/my-assistant` or `--pending`")
+        for line in push_pending(run_folder) if repo is None else [upload(run_folder, repo, private=private)]:
+            print(line, flush=True)
 
     _end(work, traceback)
 

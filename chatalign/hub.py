@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from chatalign.artifact import ARTIFACT_FILE, MODEL_FOLDER, Artifact, load_artifact, verify_files
+from chatalign.artifact import ARTIFACT_FILE, MODEL_FOLDER, Artifact, load_artifact, verify_files, write_json
 from chatalign.errors import ArtifactError, HubError
 
 ALLOWED = (
@@ -31,6 +33,9 @@ ALLOWED = (
     "merges.txt",
     "chat_template.jinja",
 )
+PENDING_FILE = "push.json"  # in a run folder: an upload that the Hub didn't take yet
+_WAITS_S = (1.0, 4.0)  # before the second and third try, where the Hub doesn't say how long
+_LONGEST_WAIT_S = 30.0  # a Hub that asks for more is asked again by `chatalign push --pending`
 _HOLDS_PATHS = ("config.json", "adapter_config.json", "base_model.json")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -40,8 +45,9 @@ _LIBRARY = {"adapter": "peft", "reward_adapter": "peft", "model": "transformers"
 def push(run_folder: str | Path, repo_id: str, private: bool = True) -> str:
     """Upload a finished run's model to `repo_id`, which is made where it doesn't exist; returns its address.
 
-    Raises HubError in one line where the Hub refuses or can't be reached, ArtifactError where the run is unfinished
-    or its files were altered.
+    Where the Hub refuses or can't be reached, HubError says so in one line and the run's ``push.json`` keeps what
+    was to go where, for :func:`push_pending`. Raises ArtifactError where the run is unfinished or its files were
+    altered.
     """
     folder = Path(run_folder)
     artifact = load_artifact(folder)
@@ -50,7 +56,47 @@ def push(run_folder: str | Path, repo_id: str, private: bool = True) -> str:
     if problems := verify_files(folder, {k: v for k, v in artifact.files.items() if k.startswith(f"{MODEL_FOLDER}/")}):
         raise ArtifactError(f"{problems[0]}; run its recipe again before pushing")
     contents = contents_to_push(folder, artifact, repo_id)
-    return _upload(contents, repo_id, private, message=f"{artifact.stage} run {artifact.run_id} (chatalign)")
+    try:
+        address = _upload(contents, repo_id, private, message=f"{artifact.stage} run {artifact.run_id} (chatalign)")
+    except HubError as error:
+        waiting = {"repo": repo_id, "private": private, "run_id": artifact.run_id, "reason": str(error)}
+        write_json(folder / PENDING_FILE, waiting)
+        raise
+    (folder / PENDING_FILE).unlink(missing_ok=True)
+    return address
+
+
+def pending(under: str | Path) -> list[Path]:
+    """The run folders in `under`, itself included, that wait for an upload, by name."""
+    return sorted(file.parent for file in Path(under).rglob(PENDING_FILE))
+
+
+def push_pending(under: str | Path) -> Iterator[str]:
+    """Upload every run in `under` that waits, yielding a line for each that arrived.
+
+    Raises HubError after the last where some still wait, with the first one's reason.
+    """
+    refused = []
+    for folder in pending(under):
+        waiting = _read_pending(folder / PENDING_FILE)
+        try:
+            yield f"{folder}: {push(folder, waiting['repo'], private=waiting['private'])}"
+        except HubError as error:
+            refused.append(error)
+    if refused:
+        raise HubError(
+            f"{refused[0]}; {len(refused)} uploads still wait, `chatalign push --pending {under}` tries again"
+        )
+
+
+def _read_pending(file: Path) -> dict[str, Any]:
+    try:
+        waiting = json.loads(file.read_text("utf-8"))
+        return {"repo": str(waiting["repo"]), "private": bool(waiting["private"])}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ArtifactError(
+            f"{file}: can't be read; delete it, and give `chatalign push {file.parent} --repo …` the repository"
+        ) from None
 
 
 def contents_to_push(folder: Path, artifact: Artifact, repo_id: str) -> dict[str, Path | bytes]:
@@ -137,12 +183,35 @@ def _upload(contents: dict[str, Path | bytes], repo_id: str, private: bool, *, m
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in contents.items()
     ]
-    try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.create_commit(repo.repo_id, operations=additions, commit_message=message)
-    except Exception as error:  # the client's own HTTP library, and so its error types, differ between versions
-        raise HubError(f"{repo_id}: {_reason(error)}; nothing local was changed") from error
+    repo = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
+    _retried(lambda: api.create_commit(repo.repo_id, operations=additions, commit_message=message), repo_id)
     return str(repo)
+
+
+def _retried(call: Callable[[], Any], repo_id: str) -> Any:
+    """The call's result, tried again where the Hub is overloaded or cut off; a commit arrives whole or not at all."""
+    for wait in (*_WAITS_S, None):
+        try:
+            return call()
+        except Exception as error:  # the client's own HTTP library, and so its error types, differ between versions
+            asked = _wait_asked_for(error, wait)
+            if asked is None:
+                raise HubError(f"{repo_id}: {_reason(error)}; nothing local was changed") from error
+            time.sleep(asked)
+
+
+def _wait_asked_for(error: Exception, usual: float | None) -> float | None:
+    """Seconds until a call is worth another try; None where it isn't."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    final = status is not None and status < 500 and status != 429
+    if usual is None or final or isinstance(error, OfflineModeIsEnabled):
+        return None
+    header = "" if response is None else str(response.headers.get("Retry-After", ""))
+    asked = float(header) if header.isdigit() else usual
+    return asked if asked <= _LONGEST_WAIT_S else None
 
 
 def _reason(error: Exception) -> str:

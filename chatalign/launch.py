@@ -84,7 +84,7 @@ def around(seconds: Mapping[str, float]) -> str:
 
 @phase("report")
 def hand_out(recipe: Recipe) -> None:
-    """Write a finished run's report and, where the recipe asks, upload it; raises HubError with the run kept."""
+    """Write a finished run's report and, where the recipe asks, upload it; a Hub that is down leaves that for later."""
     from chatalign.runs import is_main_process
 
     if not is_main_process():
@@ -100,8 +100,8 @@ def hand_out(recipe: Recipe) -> None:
     try:
         say(f"pushed: {push(recipe.output_dir, hub.repo, private=hub.private)}")
     except HubError as error:
-        again = f"chatalign push {recipe.output_dir} --repo {hub.repo}"
-        raise HubError(f"{error}; the run itself is finished and kept: `{again}` uploads it") from None
+        again = f"`chatalign push --pending {recipe.output_dir}`"
+        print(f"chatalign: not pushed: {error}; the run is finished and kept, {again} uploads it", file=sys.stderr)
 
 
 def refuse_problems(

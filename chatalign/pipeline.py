@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from chatalign.artifact import ARTIFACT_FILE, Artifact, load_artifact, versions, write_json
-from chatalign.errors import ChatalignError, HubError, Interrupted
+from chatalign.errors import ChatalignError, Interrupted
 from chatalign.launch import around, hand_out, quiet_libraries, refuse_problems, say
 from chatalign.phases import account, open_account, overhead, phase
 from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
@@ -90,21 +90,14 @@ def run_pipeline(
             _refuse_what_cannot_run(stages)
         statuses: dict[str, str] = {}
         seconds: dict[str, dict[str, float]] = {}
-        unpushed: list[HubError] = []
         for number, (name, recipe) in enumerate(stages.items(), start=1):
-            try:
-                statuses[name] = _run_one(recipe, f"[{number}/{len(stages)}] {name}", force, accelerate_config)
-            except HubError as error:  # the stage is finished; the chain needn't wait for the Hub
-                statuses[name] = "ran"
-                unpushed.append(error)
+            statuses[name] = _run_one(recipe, f"[{number}/{len(stages)}] {name}", force, accelerate_config)
             if statuses[name] != "skipped":
                 seconds[name] = account()
                 say(f"    {around(seconds[name])}")
                 open_account()
         summary = summarise(pipeline, stages, statuses, seconds, wall_s=time.perf_counter() - started)
         _report(folder, summary, changed=any(state != "skipped" for state in statuses.values()))
-    if unpushed:
-        raise unpushed[0]
     return summary
 
 

@@ -7,6 +7,7 @@ resumes) and everything that was logged at that step. Trackers run through trans
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ KEY_METRICS: dict[str, tuple[str, ...]] = {
     "kto": ("rewards/margins",),
     "ppo": ("objective/score", "objective/kl"),
 }
+_log = logging.getLogger("chatalign")
 _PLAIN_LINE_EVERY_S = 60.0  # where there is no terminal: each tenth of the steps, and at least this often
 
 
@@ -88,14 +90,22 @@ def open_wandb(recipe: StageRecipe | EvalRecipe, run: Run) -> Any:
 
     if wandb.run is not None:
         wandb.finish()
-    return wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "chatalign"),
-        name=getattr(recipe, "run_name", None) or run.folder.name,
-        id=run.run_id,
-        resume="allow",
-        dir=run.folder,
-        config=recipe.model_dump(mode="json"),
-    )
+    settings: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT", "chatalign"),
+        "name": getattr(recipe, "run_name", None) or run.folder.name,
+        "id": run.run_id,
+        "dir": run.folder,
+        "config": recipe.model_dump(mode="json"),
+    }
+    try:
+        return wandb.init(resume="allow", **settings)
+    except wandb.errors.CommError as error:
+        _log.warning(
+            "tracking: wandb can't be reached (%s); logging to %s, `wandb sync` sends it later",
+            " ".join(str(error).split())[:120],
+            run.folder / "wandb",
+        )
+        return wandb.init(mode="offline", **settings)
 
 
 def log_results(recipe: EvalRecipe, run: Run, metrics: Mapping[str, float]) -> None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
 class HubServer(ThreadingHTTPServer):
-    """Keeps what arrived: `repos`, `files` of the last commit by name, `tokens`; answers `fail_with` where set."""
+    """Keeps what arrived: `repos`, `files` of the last commit by name, `tokens`; answers `fail_with` where set.
 
-    def __init__(self, *, fail_with: int | None = None) -> None:
+    `faults` are statuses that its next answers have; `cut_uploads` of files end half-way, the connection closed.
+    """
+
+    def __init__(self, *, fail_with: int | None = None, faults: tuple[int, ...] = (), cut_uploads: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.fail_with = fail_with
+        self.faults = list(faults)
+        self.cut_uploads = cut_uploads
         self.repos: list[dict[str, Any]] = []
         self.tokens: set[str | None] = set()
         self.commits: list[str] = []
@@ -42,6 +48,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._begin()
         if self.server.fail_with:
             return self._answer({"error": "refused by the test"}, status=self.server.fail_with)
+        if self.server.faults:
+            return self._answer({"error": "a fault by the test"}, status=self.server.faults.pop(0))
         if self.path == "/api/repos/create":
             made = json.loads(body)
             made.setdefault("private", made.get("visibility") == "private")  # older clients send it themselves
@@ -65,6 +73,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer({"error": "no such endpoint"}, status=404)
 
     def do_PUT(self) -> None:
+        if self.server.cut_uploads:
+            self.server.cut_uploads -= 1
+            self.rfile.read(int(self.headers["Content-Length"]) // 2)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         self.server.objects[self.path.rpartition("/")[2]] = self._begin()
         self._answer({})
 
@@ -103,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if status == 429:
+            self.send_header("Retry-After", "0")
         self.end_headers()
         self.wfile.write(body)
 

@@ -16,7 +16,9 @@ from hub_server import HubServer
 
 from chatalign.artifact import Artifact, BaseModelRef, DataUsed, hash_files
 from chatalign.errors import ArtifactError, HubError
-from chatalign.hub import contents_to_push, push
+from chatalign.hub import contents_to_push, pending, push, push_pending
+from chatalign.launch import hand_out
+from chatalign.recipe import SftRecipe
 
 TOKEN = "hf_" + "x" * 34
 _PUSH = """
@@ -59,10 +61,14 @@ def run_folder(tmp_path: Path, tiny_model_folder: Path) -> Path:
     return folder
 
 
-def run_push(server_url: str, folder: Path, visibility: str = "private") -> subprocess.CompletedProcess[str]:
+def hub_environment(server_url: str, folder: Path) -> dict[str, str]:
     settings = {"HF_ENDPOINT": server_url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-    environment = os.environ | settings | {"HF_HOME": str(folder.parent / "hf"), "NO_PROXY": "127.0.0.1"}
+    return os.environ | settings | {"HF_HOME": str(folder.parent / "hf"), "NO_PROXY": "127.0.0.1"}
+
+
+def run_push(server_url: str, folder: Path, visibility: str = "private") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", _PUSH, str(folder), visibility]
+    environment = hub_environment(server_url, folder)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -128,6 +134,63 @@ def test_no_hub_at_all(run_folder: Path) -> None:
     done = run_push(gone, run_folder)
     assert done.returncode == 1
     assert "HubError: me/pocket: the upload failed" in done.stderr
+
+
+def test_a_busy_hub_is_asked_again(run_folder: Path) -> None:
+    with HubServer(faults=(429, 503)) as hub:
+        done = run_push(hub.url, run_folder)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.commits) == 1
+    assert not (run_folder / "push.json").exists()
+
+
+@pytest.mark.slow
+def test_an_upload_that_is_cut_waits_until_it_is_asked_for(run_folder: Path) -> None:
+    """A file that breaks off leaves no commit; `push --pending` sends the whole, from any folder above the run."""
+    with HubServer(cut_uploads=99) as hub:
+        done = run_push(hub.url, run_folder)
+        assert done.returncode == 1
+        assert hub.files == {}
+        waiting = json.loads((run_folder / "push.json").read_text())
+        assert (waiting["repo"], waiting["private"], waiting["run_id"]) == ("me/pocket", True, "r1")
+        assert TOKEN not in json.dumps(waiting)
+        hub.cut_uploads = 0
+        command = [sys.executable, "-m", "chatalign", "push", "--pending", str(run_folder.parent)]
+        done = subprocess.run(
+            command, env=hub_environment(hub.url, run_folder), capture_output=True, text=True, timeout=120, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{run_folder}: {hub.url}/me/pocket"
+    assert hub.files["model.safetensors"] == (run_folder / "model" / "model.safetensors").read_bytes()
+    assert not (run_folder / "push.json").exists()
+
+
+def test_what_still_waits_is_counted(run_folder: Path) -> None:  # the test session itself is offline
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        push(run_folder, "me/pocket")
+    assert pending(run_folder.parent) == [run_folder]
+    with pytest.raises(HubError, match=r"HF_HUB_OFFLINE is set.*; 1 uploads still wait"):
+        list(push_pending(run_folder.parent))
+    (run_folder / "push.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"push.json: can't be read; delete it"):
+        list(push_pending(run_folder))
+
+
+def test_a_hub_that_is_down_ends_no_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = SftRecipe.model_validate(
+        {
+            "stage": "sft",
+            "output_dir": str(run_folder),
+            "model": {"name_or_path": "m"},
+            "data": {"datasets": [{"path": "rows.jsonl"}]},
+            "hub": {"push": True, "repo": "me/pocket"},
+        }
+    )
+    hand_out(recipe)
+    assert (
+        f"the run is finished and kept, `chatalign push --pending {run_folder}` uploads it" in capsys.readouterr().err
+    )
+    assert pending(run_folder) == [run_folder]
 
 
 def test_offline_is_said(run_folder: Path) -> None:  # the test session itself is offline

@@ -14,7 +14,7 @@ import yaml
 import chatalign.pipeline as pipeline_module
 from chatalign.artifact import Artifact, hash_files, write_json
 from chatalign.data import checks
-from chatalign.errors import ChatalignError, DataError, HubError, Interrupted, RecipeError
+from chatalign.errors import ChatalignError, DataError, Interrupted, RecipeError
 from chatalign.phases import phase
 from chatalign.pipeline import resolve_stages, run_pipeline
 from chatalign.recipe import DataSection, Recipe, load_pipeline
@@ -203,15 +203,3 @@ def test_the_summary_keeps_the_seconds_of_the_run_that_made_a_stage(
 def test_a_failing_launch_names_the_command(chain: Path, ran: list[str]) -> None:
     with pytest.raises(ChatalignError, match="ended with status"):
         run_pipeline(chain, accelerate_config=chain.parent / "no_such_config.yaml")
-
-
-def test_an_unreachable_hub_ends_no_chain(chain: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_hub(recipe: Recipe) -> None:
-        if recipe.stage == "sft":
-            raise HubError("the Hub can't be reached")
-
-    monkeypatch.setattr(pipeline_module, "hand_out", no_hub)
-    with pytest.raises(HubError):
-        run_pipeline(chain)
-    assert ran == ["sft", "reward", "dpo"]
-    assert statuses(run_pipeline(chain)) == ["skipped"] * 3

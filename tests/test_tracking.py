@@ -160,6 +160,24 @@ def test_wandb_offline_writes_a_run_a_stage_under_its_folder(tmp_path: Path, mon
         assert logged[0].stat().st_size > 0
 
 
+def test_a_wandb_that_is_down_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    modes = []
+
+    def init(*, mode: str = "online", **settings: Any) -> str:
+        modes.append(mode)
+        if mode == "online":  # what the client raises after its own retries
+            raise wandb.errors.CommError("Timed out while retrying:\nconnection refused")
+        return f"{mode} run {settings['id']}"
+
+    monkeypatch.setattr(wandb, "init", init)
+    assert tracking.open_wandb(recipe_in(tmp_path, "wandb"), run_in(tmp_path)) == "offline run 0123456789ab"
+    assert modes == ["online", "offline"]
+    assert "wandb can't be reached (Timed out while retrying: connection refused)" in caplog.text
+
+
 def test_a_speed_or_key_metric_is_shown_where_it_is_logged() -> None:
     assert tracking.summary_of("reward", {"loss": 0.5, "accuracy": 0.75}) == "loss 0.5000 · accuracy 0.750"
     assert tracking.summary_of("sft", {"eval_loss": 0.5}) == ""
