@@ -4,6 +4,9 @@ conversation, text: ``input_ids``, ``supervised`` (1 where the token is a target
 preference:         ``prompt_ids``, ``chosen_ids``, ``rejected_ids``
 unpaired:           ``prompt_ids``, ``completion_ids``, ``label``
 prompt:             ``prompt_ids`` (with generation prompt), ``prompt`` (messages as JSON), ``extra`` (JSON)
+
+Beside them stand each row's origin: ``place`` (file:row) and ``full_length`` (tokens before a cut; of a pair, those
+of the prompt and the longer reply; of a document, the piece's own). Training doesn't see these two.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ FEATURES: dict[Kind, dict[str, Any]] = {
     "unpaired": {"prompt_ids": _IDS, "completion_ids": _IDS, "label": datasets.Value("bool")},
     "prompt": {"prompt_ids": _IDS, "prompt": datasets.Value("string"), "extra": datasets.Value("string")},
 }
+ORIGIN = {"place": datasets.Value("string"), "full_length": datasets.Value("int32")}
 
 
 Outcome = int | BadRow | Dropped  # how many rows of a table a row became, or why none
@@ -49,7 +53,7 @@ class Block:
 
 def table_schema(kind: Kind) -> pyarrow.Schema:
     """The columns of a kind, with datasets' own types in the metadata."""
-    return datasets.Features(FEATURES[kind]).arrow_schema
+    return datasets.Features(FEATURES[kind] | ORIGIN).arrow_schema
 
 
 def _column(rows: Sequence[Columns], field: pyarrow.Field) -> pyarrow.Array:
@@ -98,13 +102,13 @@ class RowEncoder:
             return self._unpaired([row for row in rows if isinstance(row, Unpaired)])
         return [self._fit(made) for made in self._conversations([row for row in rows if isinstance(row, Conversation)])]
 
-    def block(self, rows: Sequence[Row]) -> Block:
-        """The rows' columns as one table, and what became of each row."""
+    def block(self, rows: Sequence[Row], places: Sequence[str]) -> Block:
+        """The rows' columns as one table, and what became of each row; `places` are where they stand (file:row)."""
         outcomes: list[Outcome] = []
         made: list[Columns] = []
-        for one in self.encode(rows):
+        for one, place in zip(self.encode(rows), places, strict=True):
             outcomes.append(len(one) if isinstance(one, list) else one)
-            made += one if isinstance(one, list) else []
+            made += [columns | {"place": place} for columns in one] if isinstance(one, list) else []
         schema = table_schema(self.kind)
         return Block(outcomes, pyarrow.table([_column(made, field) for field in schema], schema=schema))
 
@@ -138,7 +142,8 @@ class RowEncoder:
             if isinstance(fitted, Dropped):
                 dropped = fitted
             else:
-                kept.append({"input_ids": fitted.ids, "supervised": fitted.supervised})
+                columns = {"input_ids": fitted.ids, "supervised": fitted.supervised, "full_length": len(one.ids)}
+                kept.append(columns)
         if dropped is not None and (not kept or self.section.on_overlong == "error"):
             return dropped
         return kept
@@ -151,7 +156,7 @@ class RowEncoder:
         if isinstance(fitted, Dropped):
             return fitted
         sides = {"prompt_ids": fitted.prompt_ids, "chosen_ids": fitted.chosen_ids, "rejected_ids": fitted.rejected_ids}
-        return [sides]
+        return [sides | {"full_length": _full_length(pair)}]
 
     def _unpaired(self, rows: Sequence[Unpaired]) -> list[list[Columns] | BadRow | Dropped]:
         """As a pair with one side: the other side is empty, so no cut can make them equal."""
@@ -178,7 +183,7 @@ class RowEncoder:
                 made.append(fitted)
             else:
                 columns = {"prompt_ids": fitted.prompt_ids, "completion_ids": fitted.chosen_ids, "label": row.label}
-                made.append([columns])
+                made.append([columns | {"full_length": _full_length(pair)}])
         return made
 
     def _prompts(self, rows: Sequence[Prompt]) -> list[list[Columns] | BadRow | Dropped]:
@@ -195,11 +200,15 @@ class RowEncoder:
                 continue
             prompt = json.dumps(row.prompt, ensure_ascii=False)
             extra = json.dumps(row.extra, ensure_ascii=False, default=str)
-            made.append([{"prompt_ids": fitted, "prompt": prompt, "extra": extra}])
+            made.append([{"prompt_ids": fitted, "prompt": prompt, "extra": extra, "full_length": len(ids)}])
         return made
 
     def _text(self, ids: list[int]) -> list[Columns] | Dropped:
         pieces = cut_document(ids, self.section.max_length)
         if not pieces:
             return Dropped("a document of one token")
-        return [{"input_ids": piece, "supervised": [1] * len(piece)} for piece in pieces]
+        return [{"input_ids": piece, "supervised": [1] * len(piece), "full_length": len(piece)} for piece in pieces]
+
+
+def _full_length(pair: EncodedPair) -> int:
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))

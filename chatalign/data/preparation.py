@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 
 from chatalign.artifact import DataUsed, write_json
-from chatalign.data.encode import Outcome, RowEncoder, table_schema
+from chatalign.data.encode import ORIGIN, Outcome, RowEncoder, table_schema
 from chatalign.data.files import Chunk
 from chatalign.data.formats import format_of
 from chatalign.data.mixing import is_eval, mixture
@@ -37,11 +37,17 @@ _EXAMPLES = 5  # rows named for each reason that rows are left out; the rest are
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenized rows (columns by kind: see :mod:`chatalign.data.encode`) and what became of each source's rows."""
+    """Tokenized rows (columns by kind: see :mod:`chatalign.data.encode`) and what became of each source's rows.
+
+    `train_origin` and `eval_origin` say of the same rows where they stand (``place``, file:row) and how many tokens
+    they had before a cut (``full_length``).
+    """
 
     train: datasets.Dataset
     eval: datasets.Dataset | None
     used: list[DataUsed]
+    train_origin: datasets.Dataset | None = None
+    eval_origin: datasets.Dataset | None = None
 
 
 @dataclass
@@ -126,8 +132,16 @@ def prepare(section: DataSection, tokenizer: Any, kind: Kind, *, seed: int, eos_
         order = mixture(record["train_rows"], weights, seed=seed)
         starts = np.cumsum([0, *record["train_rows"]])
         rows = rows.select([int(starts[source]) + row for source, row in order])
-    evaluation = folder / "eval.arrow"
-    return Prepared(rows, datasets.Dataset.from_file(str(evaluation)) if evaluation.is_file() else None, accounts)
+    train_rows, train_origin = _apart(rows)
+    if not (folder / "eval.arrow").is_file():
+        return Prepared(train_rows, None, accounts, train_origin)
+    eval_rows, eval_origin = _apart(datasets.Dataset.from_file(str(folder / "eval.arrow")))
+    return Prepared(train_rows, eval_rows, accounts, train_origin, eval_origin)
+
+
+def _apart(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """What training reads, and where it comes from."""
+    return rows.remove_columns(list(ORIGIN)), rows.select_columns(list(ORIGIN))
 
 
 class _Pass:

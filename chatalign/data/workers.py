@@ -69,7 +69,8 @@ def encode_task(encoder: RowEncoder, task: Task) -> Made:
         places.append(where)
         rows.append(row)
         hashes.append(prompt_hash(row) if task.hashed and not isinstance(row, BadRow) else "")
-    block = encoder.block([row for row in rows if not isinstance(row, BadRow)])
+    good = [(row, place) for row, place in zip(rows, places, strict=True) if not isinstance(row, BadRow)]
+    block = encoder.block([row for row, _ in good], [place for _, place in good])
     encoded = iter(block.outcomes)
     return Made(places, hashes, [row if isinstance(row, BadRow) else next(encoded) for row in rows], block.table)
 
