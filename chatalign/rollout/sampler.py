@@ -18,6 +18,16 @@ def mixed_seed(seed: int, row_seed: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + row_seed * 0xBF58476D1CE4E5B9) % 2**63
 
 
+def seeds_of(prompt_ids: Sequence[Sequence[int]], row_seeds: Sequence[int] | None) -> list[int]:
+    """One seed a prompt; raises ValueError where a prompt is empty, or seeds and prompts differ in number."""
+    seeds = list(range(len(prompt_ids))) if row_seeds is None else list(row_seeds)
+    if len(seeds) != len(prompt_ids):
+        raise ValueError(f"{len(seeds)} row seeds for {len(prompt_ids)} prompts; give one a prompt")
+    if empty := [row for row, ids in enumerate(prompt_ids) if not len(ids)]:
+        raise ValueError(f"prompt {empty[0]} has no token; a reply needs something to follow")
+    return seeds
+
+
 def row_uniforms(seed: int, row_seeds: Sequence[int], new_tokens: int, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1), shape (B, N), each row from its own seed.
 

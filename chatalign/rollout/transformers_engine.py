@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from chatalign.rollout.decoding import Decoding
 from chatalign.rollout.dense import dense_weights
 from chatalign.rollout.interface import Rollout, Sampling
-from chatalign.rollout.sampler import Sampler, row_uniforms
+from chatalign.rollout.sampler import Sampler, row_uniforms, seeds_of
 
 # Finished rows are dropped once they are this share of the batch.
 _FINISHED_SHARE = 0.05
@@ -38,11 +38,7 @@ class TransformersRollout:
 
         Raises ValueError where a prompt is empty, or seeds and prompts differ in number.
         """
-        seeds = list(range(len(prompt_ids))) if row_seeds is None else list(row_seeds)
-        if len(seeds) != len(prompt_ids):
-            raise ValueError(f"{len(seeds)} row seeds for {len(prompt_ids)} prompts; give one a prompt")
-        if empty := [row for row, ids in enumerate(prompt_ids) if not len(ids)]:
-            raise ValueError(f"prompt {empty[0]} has no token; a reply needs something to follow")
+        seeds = seeds_of(prompt_ids, row_seeds)
         order = sorted(range(len(prompt_ids)), key=lambda row: (len(prompt_ids[row]), row))
         response_ids: list[list[int]] = [[] for _ in order]
         logprobs: list[list[float]] = [[] for _ in order]

@@ -19,8 +19,9 @@ import torch
 
 from chatalign.errors import DependencyError, RolloutError
 from chatalign.rollout.interface import Rollout, Sampling
+from chatalign.rollout.sampler import seeds_of
 from chatalign.rollout.vllm_adapter import ADAPTER, lora_rank, write_adapter
-from chatalign.rollout.vllm_replies import Reply, rollout_of, sampling_fields, seeds_of
+from chatalign.rollout.vllm_replies import Reply, rollout_of, sampling_fields
 
 
 @dataclass(frozen=True, kw_only=True)

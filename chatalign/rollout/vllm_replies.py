@@ -54,16 +54,6 @@ def sampling_fields(sampling: Sampling, row_seed: int, *, vocabulary: int) -> di
     }
 
 
-def seeds_of(prompt_ids: Sequence[Sequence[int]], row_seeds: Sequence[int] | None) -> list[int]:
-    """One seed a prompt; raises ValueError where a prompt is empty, or seeds and prompts differ in number."""
-    seeds = list(range(len(prompt_ids))) if row_seeds is None else list(row_seeds)
-    if len(seeds) != len(prompt_ids):
-        raise ValueError(f"{len(seeds)} row seeds for {len(prompt_ids)} prompts; give one a prompt")
-    if empty := [row for row, ids in enumerate(prompt_ids) if not len(ids)]:
-        raise ValueError(f"prompt {empty[0]} has no token; a reply needs something to follow")
-    return seeds
-
-
 def rollout_of(replies: Sequence[Reply], sampling: Sampling) -> Rollout:
     """Replies as a `Rollout`; raises RolloutError where one isn't what was asked for."""
     for row, reply in enumerate(replies):

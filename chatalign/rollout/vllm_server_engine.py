@@ -13,9 +13,10 @@ from torch import distributed
 
 from chatalign.errors import ChatalignError, RolloutError
 from chatalign.rollout.interface import Rollout, Sampling
+from chatalign.rollout.sampler import seeds_of
 from chatalign.rollout.vllm_adapter import write_adapter
 from chatalign.rollout.vllm_client import VllmClient
-from chatalign.rollout.vllm_replies import rollout_of, sampling_fields, seeds_of
+from chatalign.rollout.vllm_replies import rollout_of, sampling_fields
 
 
 class VllmServerRollout:
