@@ -15,7 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ Numbered = Iterator[tuple[int, Any]]  # (the row's place in the file, from 1; th
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt")
 _MEND = "mend or delete this row"
 _CHUNK = 1 << 20
+UNCOUNTED = sys.maxsize
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -66,8 +67,11 @@ class Chunk:
 
     def good(self) -> Numbered:
         """The rows that are none of them Broken, numbered."""
-        rows = self.numbered if self.parse is None else self.parse(self.numbered)
-        return ((number, row) for number, row in rows if not isinstance(row, Broken))
+        return ((number, row) for number, row in self.all() if not isinstance(row, Broken))
+
+    def all(self) -> Numbered:
+        """Every row, numbered; a Broken in the place of one that can't be read."""
+        return iter(self.numbered) if self.parse is None else self.parse(self.numbered)
 
 
 @dataclass(frozen=True)
@@ -105,19 +109,13 @@ def read_file(path: Path) -> tuple[Part, list[BrokenRow]]:
 
     Raises DataError where nothing of the file can be read.
     """
-    reader = reader_of(path)
-    if reader is None:
-        raise DataError(f"{path}: not a data file by its name; expected {', '.join(SUFFIXES)} (json and txt also .gz)")
     try:
-        if reader is _parquet:
-            return Part(str(path), _parquet_rows(path), partial(_parquet, path)), []
-        if reader is _json:
-            reader = _json_reader(path)
-        parse = _PARSERS.get(reader)
-        read = partial(reader if parse is None else _lines, path)
+        part = uncounted(path)
+        if part.count < UNCOUNTED:
+            return part, []
         count = 0
         problems: list[BrokenRow] = []
-        for number, row in read() if parse is None else parse(read()):
+        for number, row in Chunk(part.name, part.read(), part.parse).all():
             if isinstance(row, Broken):
                 problems.append(BrokenRow(f"{path}:{number}", row))
             else:
@@ -126,7 +124,23 @@ def read_file(path: Path) -> tuple[Part, list[BrokenRow]]:
         raise DataError(f"{path}: not UTF-8 (byte {_place(path, error)}); save it as UTF-8") from None
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: can't be read ({error}); check the file") from None
-    return Part(str(path), count, read, parse), problems
+    return replace(part, count=count), problems
+
+
+def uncounted(path: Path) -> Part:
+    """A file's rows without the first pass: for one look at all of them, where `count` is no more than a bound.
+
+    Raises what reading does; only :func:`read_file` tells it as a DataError.
+    """
+    reader = reader_of(path)
+    if reader is None:
+        raise DataError(f"{path}: not a data file by its name; expected {', '.join(SUFFIXES)} (json and txt also .gz)")
+    if reader is _parquet:
+        return Part(str(path), _parquet_rows(path), partial(_parquet, path))
+    if reader is _json:
+        reader = _json_reader(path)
+    parse = _PARSERS.get(reader)
+    return Part(str(path), UNCOUNTED, partial(reader if parse is None else _lines, path), parse)
 
 
 def reader_of(path: Path) -> Callable[[Path], Numbered] | None:
