@@ -194,8 +194,11 @@ class RowEncoder:
         else:
             encoded = [bad or self.raw.prompt(row.prompt[0]["content"]) for row, bad in self._only_raw(rows)]
         for row, ids in zip(rows, encoded, strict=True):
-            fitted = ids if isinstance(ids, BadRow) else fit_prompt(ids, limit, self.section.on_overlong)
-            if isinstance(fitted, BadRow | Dropped):
+            if isinstance(ids, BadRow):
+                made.append(ids)
+                continue
+            fitted = fit_prompt(ids, limit, self.section.on_overlong)
+            if isinstance(fitted, Dropped):
                 made.append(fitted)
                 continue
             prompt = json.dumps(row.prompt, ensure_ascii=False)
