@@ -22,11 +22,11 @@ from chatalign.artifact import (
 from chatalign.data import prepare
 from chatalign.data.collate import collate_lm
 from chatalign.engine.lm_trainer import LmTrainer
-from chatalign.engine.stage import Work, finish, last_means, native_settings, text_hashes, train
+from chatalign.engine.stage import Work, finish, last_means, native_settings, train
 from chatalign.errors import ModelError
 from chatalign.models.adapters import load_policy
 from chatalign.models.resolve import resolve
-from chatalign.models.tokenizer import load_tokenizer
+from chatalign.models.tokenizer import load_tokenizer, text_hashes
 from chatalign.phases import phase
 from chatalign.recipe import ModelSection, PretrainRecipe
 from chatalign.runs import Run, is_main_process, open_run

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -18,10 +18,12 @@ from chatalign.data.rows import BadRow, Conversation, Message, Messages, Prefere
 from chatalign.data.spans import NotPrefixPreserving, Rendered, SpanFinder
 from chatalign.data.template import ChatTemplate
 from chatalign.data.tokens import TextEncoder
-from chatalign.data.verify import verify
+from chatalign.data.verify import verify, verify_prompt, verify_roles
 from chatalign.errors import TemplateError
 
 VERIFIED_ROWS = 64
+RENDERED_ROWS = 8  # so many rows in a row that all hold the template's text are no coincidence
+SAME_REPLIES_MEND = "give two different replies, or take the row out"
 Supervise = Literal["assistant", "last_assistant", "all"]
 
 
@@ -170,6 +172,8 @@ class ChatEncoder:
             (prompt, chosen_ids), (other_prompt, rejected_ids) = _cut(chosen[0]), _cut(rejected[0])
             if prompt != other_prompt:
                 pairs.append(BadRow("chosen", "tokens cross from the prompt into the reply", "start it without spaces"))
+            elif chosen_ids == rejected_ids:
+                pairs.append(BadRow("rejected", "is the same as chosen in the chat template", SAME_REPLIES_MEND))
             else:
                 pairs.append(EncodedPair(prompt, chosen_ids, rejected_ids))
         return pairs
@@ -183,8 +187,43 @@ class ChatEncoder:
                 texts.append((self.template.render(messages, tools=tools, add_generation_prompt=True), guarded))
             except TemplateError as error:
                 texts.append(BadRow("prompt", *_halves(error)))
-        found = iter(self.text.encode_spans([text for text in texts if not isinstance(text, BadRow)]))
-        return [text if isinstance(text, BadRow) else next(found)[0] for text in texts]
+        rendered = [text for text in texts if not isinstance(text, BadRow)]
+        encoded = [ids for ids, _ in self.text.encode_spans(rendered)]
+        for (text, guarded), ids in zip(rendered[: self.verify_rows], encoded, strict=False):
+            verify_prompt(text, ids, self.text, guarded=guarded)
+        self.verify_rows -= len(rendered[: self.verify_rows])
+        found = iter(encoded)
+        return [text if isinstance(text, BadRow) else next(found) for text in texts]
+
+    def rendered_before(self, rows: Sequence[Sequence[Message]]) -> BadRow | None:
+        """What is wrong with rows that all hold the template's own text: rendered again, it would stand there twice.
+
+        A row does where its first turn starts with the token that the template starts with, or its last ends in the
+        stop token. One such row is a user's words; all of at least `RENDERED_ROWS` are a file of rendered text.
+        """
+        opening, stop = self._own_ends
+        held = [token for token in (opening, stop) if token]
+        for turns in rows:
+            starts = bool(opening) and turns[0]["content"].lstrip().startswith(opening)
+            ends = bool(stop) and turns[-1]["content"].rstrip().endswith(stop)
+            if not (starts or ends):
+                return None
+        if not held or len(rows) < RENDERED_ROWS:
+            return None
+        mend = "give the turns without it, or set data.apply_chat_template: false"
+        return BadRow("messages", f"holds the chat template's own text ({' … '.join(held)}) already", mend)
+
+    @cached_property
+    def _own_ends(self) -> tuple[str, str]:
+        """The special token that the template starts with and the one that ends its replies; empty where none does."""
+        probe: Messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        try:
+            rendered = self.finder.find_by_rendering(probe, (1,))
+        except TemplateError:
+            return "", ""
+        first, last = rendered.spans[0]
+        target = rendered.text[first:last].rstrip()
+        return self.text.special_at_start(rendered.text), self.text.special_at_end(target)
 
     def _guarded(self, messages: Messages, tools: Tools | None) -> tuple[Messages, Tools | None, bool]:
         if not (self.text.has_special(messages) or self.text.has_special(tools)):
@@ -195,8 +234,11 @@ class ChatEncoder:
         adapted, tools, first = self.template.adapt(
             row.messages, tools=row.tools, first_supervised=row.first_supervised
         )
+        turns = _target_turns(adapted, first, supervise)
+        if any("train" in turn for turn in adapted):  # our own mark, which is no template's business
+            adapted = [{key: value for key, value in turn.items() if key != "train"} for turn in adapted]
         messages, tools, guarded = self._guarded(adapted, tools)
-        return _Asked(messages, tools, _target_turns(messages, first, supervise), guarded)
+        return _Asked(messages, tools, turns, guarded)
 
     def _job(self, asked: _Asked, text: str | None) -> _Job:
         if not asked.turns:
@@ -204,6 +246,9 @@ class ChatEncoder:
         return _Job(self.finder.find(asked.messages, asked.turns, asked.tools, text), asked)
 
     def _jobs(self, row: Conversation, asked: _Asked, text: str | None, supervise: Supervise) -> list[_Job]:
+        if supervise == "all" and any("train" in turn for turn in row.messages):
+            mend = "set data.supervise: assistant, or take the marks out"
+            raise BadRow("messages", "marks a turn as not to be learned, and supervise: all learns it", mend)
         try:
             return [self._job(asked, text)]
         except NotPrefixPreserving as error:
@@ -244,14 +289,16 @@ class ChatEncoder:
 
     def _verify(self, job: _Job, ids: list[int], spans: tuple[tuple[int, int], ...]) -> None:
         asked = job.asked
+        verify_roles(self.finder, asked.messages, asked.turns, asked.tools)
         verify(job.rendered, ids, spans, self.text, guarded=asked.guarded)
         if self.finder.find_by_rendering(asked.messages, asked.turns, asked.tools) != job.rendered:
             raise TemplateError("the chat template renders a row in another way than rows of its shape; report it")
 
     def _moves(self, text: str, start: int, guarded: bool) -> bool:
-        """Whether the prompt's last tokens change once the reply stands behind them (only near white space)."""
+        """Whether the prompt's last tokens change once the reply stands behind them."""
         before, after = text[max(start - 24, 0) : start], text[start : start + 8]
-        if not (after[:1].isspace() or (before[-1:].isspace() and before[-2:-1].isspace())):
+        # No token reaches over a special token or a lone line break, unless white space follows.
+        if not after[:1].isspace() and (before.endswith(self.text.special_texts) or _ends_in_line_break(before)):
             return False
         alone = self.text.ids(before, guarded=guarded)
         return self.text.ids(before + after, guarded=guarded)[: len(alone)] != alone
@@ -270,8 +317,13 @@ class ChatEncoder:
 
 
 def _target_turns(messages: Sequence[Message], first_supervised: int, supervise: Supervise) -> tuple[int, ...]:
-    turns = tuple(i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= first_supervised)
+    replies = (i for i, turn in enumerate(messages) if turn["role"] == "assistant" and "train" not in turn)
+    turns = tuple(i for i in replies if i >= first_supervised)
     return turns[-1:] if supervise == "last_assistant" else turns
+
+
+def _ends_in_line_break(text: str) -> bool:
+    return text[-1:] == "\n" and not text[-2:-1].isspace()
 
 
 def _halves(error: TemplateError) -> tuple[str, str]:

@@ -22,9 +22,17 @@ import numpy as np
 import pyarrow
 
 from chatalign.data.chat import VERIFIED_ROWS, ChatEncoder, Encoded, EncodedPair, chat_encoder
-from chatalign.data.lengths import Dropped, cut_document, fit_conversation, fit_pair, fit_prompt
+from chatalign.data.lengths import (
+    Dropped,
+    cut_document,
+    fit_conversation,
+    fit_pair,
+    fit_prompt,
+    refuse_emptied,
+    refuse_without_targets,
+)
 from chatalign.data.raw import RawEncoder
-from chatalign.data.rows import BadRow, Conversation, Kind, Preference, Prompt, Row, Text, Unpaired
+from chatalign.data.rows import BadRow, Conversation, Kind, Messages, Preference, Prompt, Row, Text, Unpaired
 from chatalign.errors import TemplateError
 from chatalign.recipe import DataSection
 
@@ -68,6 +76,17 @@ def _column(rows: Sequence[Columns], field: pyarrow.Field) -> pyarrow.Array:
     return pyarrow.ListArray.from_arrays(offsets, np.asarray(flat), type=field.type)
 
 
+def _turns(row: Row) -> Messages:
+    """All turns of a row; of a preference those that were chosen."""
+    if isinstance(row, Conversation):
+        return row.messages
+    if isinstance(row, Preference):
+        return [*row.prompt, *row.chosen]
+    if isinstance(row, Unpaired):
+        return [*row.prompt, *row.completion]
+    return [] if isinstance(row, Text) else row.prompt
+
+
 class RowEncoder:
     """Encodes rows of one kind as a recipe's ``data:`` section says."""
 
@@ -92,6 +111,8 @@ class RowEncoder:
 
     def encode(self, rows: Sequence[Row]) -> list[list[Columns] | BadRow | Dropped]:
         """For each row its columns (usually one dict), or why it is left out."""
+        if self.chat is not None and (bad := self.chat.rendered_before([_turns(row) for row in rows])) is not None:
+            return [bad for _ in rows]
         if self.kind == "text":
             return [self._text(ids) for ids in self.raw.documents([row.text for row in rows if isinstance(row, Text)])]
         if self.kind == "preference":
@@ -142,6 +163,7 @@ class RowEncoder:
             if isinstance(fitted, Dropped):
                 dropped = fitted
             else:
+                refuse_without_targets(fitted, self.section.max_length)
                 columns = {"input_ids": fitted.ids, "supervised": fitted.supervised, "full_length": len(one.ids)}
                 kept.append(columns)
         if dropped is not None and (not kept or self.section.on_overlong == "error"):
@@ -155,6 +177,7 @@ class RowEncoder:
         fitted = fit_pair(pair, section.max_length, section.max_prompt_length, section.on_overlong)
         if isinstance(fitted, Dropped):
             return fitted
+        refuse_emptied(pair, fitted, section.max_length)
         sides = {"prompt_ids": fitted.prompt_ids, "chosen_ids": fitted.chosen_ids, "rejected_ids": fitted.rejected_ids}
         return [sides | {"full_length": _full_length(pair)}]
 
@@ -182,6 +205,7 @@ class RowEncoder:
             if isinstance(fitted, Dropped):
                 made.append(fitted)
             else:
+                refuse_emptied(pair, fitted, section.max_length)
                 columns = {"prompt_ids": fitted.prompt_ids, "completion_ids": fitted.chosen_ids, "label": row.label}
                 made.append([columns | {"full_length": _full_length(pair)}])
         return made

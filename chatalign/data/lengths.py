@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from chatalign.data.chat import Encoded, EncodedPair
+from chatalign.errors import GuardError
 
 OnOverlong = Literal["truncate", "drop", "error"]
 
@@ -64,6 +65,30 @@ def fit_pair(
     if chosen == rejected:
         return Dropped(f"chosen and rejected are the same within max_length ({max_length})", lost_target=True)
     return EncodedPair(prompt, chosen, rejected)
+
+
+def refuse_without_targets(fitted: Encoded, max_length: int) -> None:
+    """Raise GuardError where a row that is kept has nothing to learn: its loss would be 0, or the mean of nothing."""
+    if 1 not in fitted.supervised:
+        raise GuardError(
+            f"data.max_length {max_length}: a row was kept of which no token is a target; "
+            f"raise it, or leave long rows out with data.on_overlong: drop"
+        )
+
+
+def refuse_emptied(before: EncodedPair, after: EncodedPair, max_length: int) -> None:
+    """Raise GuardError where a cut took a whole reply, or the end of the prompt, which the replies answer."""
+    for side, ids, left in (
+        ("prompt", before.prompt_ids, after.prompt_ids),
+        ("chosen reply", before.chosen_ids, after.chosen_ids),
+        ("rejected reply", before.rejected_ids, after.rejected_ids),
+    ):
+        if (ids and not left) or (side == "prompt" and ids[-len(left) :] != left):
+            lost = "every token" if not left else "the end"
+            raise GuardError(
+                f"data.max_length {max_length}: the cut took {lost} of a {side}; "
+                f"raise it, or leave long rows out with data.on_overlong: drop"
+            )
 
 
 def cut_document(ids: list[int], max_length: int) -> list[list[int]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from chatalign.data.chat import Encoded, EncodedPair, Supervise
-from chatalign.data.rows import Conversation, Preference
+from chatalign.data.chat import SAME_REPLIES_MEND, Encoded, EncodedPair, Supervise
+from chatalign.data.rows import BadRow, Conversation, Preference
 from chatalign.data.tokens import TextEncoder
 from chatalign.errors import ModelError
 
@@ -50,9 +50,11 @@ class RawEncoder:
         marks = [int(supervise == "all")] * len(prompt) + [1] * len(completion)
         return Encoded(ids, marks, ((len(prompt), len(ids)),))
 
-    def pair(self, row: Preference) -> EncodedPair:
-        """A preference with EOS after both replies."""
+    def pair(self, row: Preference) -> EncodedPair | BadRow:
+        """A preference with EOS after both replies; a BadRow where the tokenizer reads both alike."""
         chosen, rejected = ([*self.ids(side[0]["content"]), self.eos] for side in (row.chosen, row.rejected))
+        if chosen == rejected:
+            return BadRow("rejected", "is the same as chosen to the tokenizer", SAME_REPLIES_MEND)
         return EncodedPair(self.prompt(row.prompt[0]["content"]), chosen, rejected)
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:

@@ -43,6 +43,7 @@ class TextEncoder:
         for text in tokenizer.all_special_tokens:
             self.special_ids.setdefault(text, tokenizer.convert_tokens_to_ids(text))
         self.added_texts = sorted({token.content for token in added.values()} | set(self.special_ids), key=len)[::-1]
+        self.special_texts = tuple(self.special_ids)
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._wards = {text: _ward(text) for text in longest_first}
@@ -59,6 +60,14 @@ class TextEncoder:
         if isinstance(value, dict):
             return any(map(self.has_special, value)) or any(map(self.has_special, value.values()))
         return isinstance(value, list | tuple) and any(map(self.has_special, value))
+
+    def special_at_start(self, text: str) -> str:
+        """The special token that rendered text starts with, or nothing."""
+        return next((token for token in self.special_ids if text.startswith(token)), "")
+
+    def special_at_end(self, text: str) -> str:
+        """The special token that rendered text ends with, or nothing."""
+        return next((token for token in self.special_ids if text.endswith(token)), "")
 
     def guard(self, value: Any) -> Any:
         """`value` with each special token's text swapped for its ward, at the same length."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import unicodedata
 
-from chatalign.data.spans import Rendered
+from chatalign.data.rows import Messages, Tools
+from chatalign.data.spans import Rendered, SpanFinder
 from chatalign.data.tokens import TextEncoder
 from chatalign.errors import TemplateError
 
@@ -28,9 +29,7 @@ def verify(
     it. Text is compared without white space, case and compatibility forms, which some tokenizers don't keep.
     """
     tokenizer = encoder.tokenizer
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        raise TemplateError("the text starts with two BOS tokens; take one out of the chat template")
+    _refuse_two_bos(ids, encoder)
     if len(spans) != len(rendered.spans):
         raise TemplateError(f"{len(rendered.spans)} replies were rendered and {len(spans)} are marked as targets")
     for (first, last), (start, end) in zip(spans, rendered.spans, strict=True):
@@ -49,6 +48,42 @@ def verify(
     if prompt != ids[:first]:
         tail = encoder.unguard(rendered.text[max(start - 20, 0) : start])
         raise TemplateError(f"the prompt's tokens before {tail!r} change when a reply follows; end it otherwise")
+
+
+def verify_prompt(text: str, ids: list[int], encoder: TextEncoder, *, guarded: bool) -> None:
+    """Raise TemplateError unless a prompt's `ids` start with one BOS at most and are the tokenizer's own."""
+    _refuse_two_bos(ids, encoder)
+    if ids != encoder.encode([text], guarded=guarded)[0].ids:
+        tail = encoder.unguard(text)[-20:]
+        raise TemplateError(f"the prompt that ends in {tail!r} has other tokens than its text alone; report it")
+
+
+def verify_roles(finder: SpanFinder, messages: Messages, turns: tuple[int, ...], tools: Tools | None) -> None:
+    """Raise TemplateError where what is marked for `turns` holds another turn's text.
+
+    Shown on made-up contents, each unlike any text of a template, so that no user's words are taken for another's.
+    """
+    made = [
+        {**message, "content": f"Turn{i}Zq7" if message["content"].strip() else message["content"]}
+        for i, message in enumerate(messages)
+    ]
+    try:
+        rendered = finder.find_by_rendering(made, turns, tools)
+    except TemplateError:  # a template that goes by contents; `verify` holds such rows to their own
+        return
+    for turn, (start, end) in zip(turns, rendered.spans, strict=True):
+        for i, message in enumerate(made):
+            if i != turn and message["content"].strip() and message["content"] in rendered.text[start:end]:
+                raise TemplateError(
+                    f"the chat template puts the {message['role']} turn among the targets of a reply, since it serves "
+                    f"{rendered.text[:start]!r} before it; let its generation prompt hold every turn before the reply"
+                )
+
+
+def _refuse_two_bos(ids: list[int], encoder: TextEncoder) -> None:
+    bos = encoder.tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise TemplateError("the text starts with two BOS tokens; take one out of the chat template")
 
 
 def _loose(text: str) -> str:

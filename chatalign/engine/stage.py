@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from transformers import TrainingArguments
 
 from chatalign import checkpoint
-from chatalign.artifact import Artifact, BaseModelRef, DataUsed, Kind, fingerprint, hash_files, sha256_file
+from chatalign.artifact import Artifact, BaseModelRef, DataUsed, Kind, hash_files
 from chatalign.data import Prepared
 from chatalign.engine import levers
 from chatalign.engine.defaults import learning_rate
 from chatalign.errors import RecipeError
 from chatalign.models.adapters import save_model
+from chatalign.models.tokenizer import text_hashes
 from chatalign.phases import phase
 from chatalign.recipe import StageRecipe
 from chatalign.runs import Run
@@ -163,16 +163,6 @@ def without_tied_copies(model: torch.nn.Module, state_dict: Mapping[str, torch.T
     once = {name for name, _ in model.named_parameters()}
     copies = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
     return {name: tensor for name, tensor in state_dict.items() if name not in copies}
-
-
-def text_hashes(tokenizer: Any, folder: Path) -> dict[str, str | None]:
-    """The artifact's hashes of a saved tokenizer and of its chat template."""
-    file = folder / "tokenizer.json"
-    template = tokenizer.chat_template
-    return {
-        "tokenizer_sha256": sha256_file(file) if file.is_file() else None,
-        "chat_template_sha256": fingerprint(template) if template else None,
-    }
 
 
 def restore_for_use(model: Any, use_cache: bool | None) -> None:

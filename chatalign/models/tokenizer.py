@@ -1,4 +1,4 @@
-"""Tokenizers: a pad token that is not EOS, a chat template that is there, the ids that end a reply.
+"""Tokenizers: a pad token that ends no reply, the chat template that was trained with, the ids that end a reply.
 
 Nothing is ever added to a vocabulary: new tokens would need new embedding rows, trained and saved with every adapter.
 """
@@ -12,8 +12,9 @@ from typing import Any
 
 import jinja2
 
+from chatalign.artifact import ARTIFACT_FILE, Artifact, fingerprint, sha256_file
 from chatalign.errors import ModelError, TemplateError
-from chatalign.models.resolve import Resolved, resolve
+from chatalign.models.resolve import resolve
 from chatalign.recipe import ModelSection
 
 # Built-in templates for base models that have none. `zephyr` (alignment-handbook, zephyr-7b) needs no token but EOS;
@@ -34,18 +35,21 @@ _SPARE = (r"pad", r"reserved", r"unused", r"placeholder", r"^<unk>$")
 
 
 def load_tokenizer(section: ModelSection, *, chat: bool = False) -> Any:
-    """The tokenizer of a model section, with pad ≠ EOS and the recipe's chat template.
+    """The tokenizer of a model section, with the recipe's chat template and a pad token that ends no reply.
 
-    With `chat` a template is demanded. Raises ModelError (no tokenizer, no spare pad token) or TemplateError.
+    With `chat` a template is demanded. Raises ModelError (no tokenizer, no spare pad token) or TemplateError (no
+    template, or in a finished run's folder another one than the run was trained with).
     """
-    source, revision = _source(section)
+    source, revision, artifact = _source(section)
     tokenizer = _from_pretrained(source, revision)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{source}: its tokenizer has no EOS token, so that no reply could end; set `eos_token` in it")
-    _choose_pad(tokenizer, source)
     if section.chat_template_path:
         tokenizer.chat_template = _template(section.chat_template_path, tokenizer)
         tokenizer.eos_token = _turn_end(tokenizer) or tokenizer.eos_token
+    elif artifact is not None:
+        _refuse_another_text(tokenizer, source, artifact)
+    _choose_pad(tokenizer, source)
     if chat and not tokenizer.chat_template:
         raise TemplateError(
             f"{source}: its tokenizer has no chat template (a base model); set `model.chat_template_path` to a "
@@ -54,14 +58,50 @@ def load_tokenizer(section: ModelSection, *, chat: bool = False) -> Any:
     return tokenizer
 
 
-def _source(section: ModelSection) -> tuple[str, str]:
+def text_hashes(tokenizer: Any, folder: str | Path) -> dict[str, str | None]:
+    """What an artifact records of the text that its model reads: the hashes of ``tokenizer.json`` and the template.
+
+    `folder` holds the saved tokenizer. Raises TemplateError where its template isn't `tokenizer`'s: served, it would
+    be another than the one that was trained with.
+    """
+    file = Path(folder) / "tokenizer.json"
+    template = tokenizer.chat_template
+    if _from_pretrained(str(folder), "main").chat_template != template:
+        raise TemplateError(
+            f"{folder}: the chat template saved here is not the one that was trained with; "
+            f"see that nothing else writes into this folder, and run the stage again"
+        )
+    return {
+        "tokenizer_sha256": sha256_file(file) if file.is_file() else None,
+        "chat_template_sha256": fingerprint(template) if template else None,
+    }
+
+
+def _source(section: ModelSection) -> tuple[str, str, Artifact | None]:
+    """Where the tokenizer lies, its revision, and the record of the run that it belongs to."""
     if section.tokenizer_name_or_path:
-        return section.tokenizer_name_or_path, "main"
+        return section.tokenizer_name_or_path, "main", None
     if not section.name_or_path:
         raise ModelError("`model.name_or_path` is missing; give a Hub id, a model folder or a run folder")
-    resolved: Resolved = resolve(section.name_or_path, revision=section.revision)
+    resolved = resolve(section.name_or_path, revision=section.revision)
     own = resolved.adapter is not None and not (resolved.adapter / "tokenizer_config.json").is_file()
-    return (resolved.base if own else resolved.source), resolved.revision
+    return (resolved.base if own else resolved.source), resolved.revision, resolved.artifact
+
+
+def _refuse_another_text(tokenizer: Any, source: str, artifact: Artifact) -> None:
+    """Raise where a run's tokenizer or template is not what its artifact records: it would be served another text."""
+    file = Path(source) / "tokenizer.json"
+    if artifact.chat_template_sha256 not in (None, fingerprint(tokenizer.chat_template)):
+        raise TemplateError(
+            f"{source}: its chat template is not the one that run {artifact.run_id} was trained with "
+            f"({ARTIFACT_FILE} records sha256 {artifact.chat_template_sha256[:12]}…); restore it, "
+            f"or give the one that is meant by `model.chat_template_path`"
+        )
+    if artifact.tokenizer_sha256 is not None and file.is_file() and sha256_file(file) != artifact.tokenizer_sha256:
+        raise ModelError(
+            f"{file}: altered since run {artifact.run_id} was trained with it ({ARTIFACT_FILE} records sha256 "
+            f"{artifact.tokenizer_sha256[:12]}…); restore it, or give `model.tokenizer_name_or_path`"
+        )
 
 
 def _from_pretrained(source: str, revision: str) -> Any:
@@ -77,20 +117,21 @@ def _from_pretrained(source: str, revision: str) -> Any:
 
 
 def _choose_pad(tokenizer: Any, source: str) -> None:
-    """Where pad is missing or EOS, take a token that text never holds: with pad = EOS, EOS isn't learned."""
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+    """Where pad is missing or ends replies, take a token that text never holds: with pad = EOS, EOS isn't learned."""
+    ends = {tokenizer.eos_token, _turn_end(tokenizer)}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token not in ends:
         return
     names = [added.content for added in tokenizer.added_tokens_decoder.values()]
     if tokenizer.unk_token:
         names.append(tokenizer.unk_token)
-    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    taken = {*ends, tokenizer.bos_token}
     for pattern in _SPARE:
         for name in names:
             if name not in taken and re.search(pattern, name, re.IGNORECASE):
                 tokenizer.pad_token = name
                 return
     raise ModelError(
-        f"{source}: its pad token is EOS or missing and no spare token is found to pad with; "
+        f"{source}: its pad token is missing or ends replies, and no spare token is found to pad with; "
         f"set `pad_token` in its tokenizer_config.json to a token that the model has and text never holds"
     )
 
