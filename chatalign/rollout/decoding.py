@@ -29,6 +29,7 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, heads, new, d); returns all of them, as views of the buffers."""
+        key_states, value_states = _as_attention_takes_them(key_states), _as_attention_takes_them(value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if not self.is_initialized or end > self._key_buffer.shape[-2]:
@@ -49,16 +50,17 @@ class GrowingLayer(DynamicLayer):
             self._value_buffer[:, :, :filled] = old_values[:, :, :filled]
 
     def put(self, rows: slice, keys: Tensor, values: Tensor, *, batch: int, columns: int) -> None:
-        """Set the last columns of some rows of an empty cache for `batch` rows and `columns` tokens; 0 before them."""
+        """Set the last columns of some rows of a new cache for `batch` rows and `columns` tokens; 0 before them."""
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
             capacity = columns + max(_SPARE, columns // 4)
-            # Zeros: what a mask hides is multiplied by 0, and memory as it comes may hold a NaN.
-            self._key_buffer = keys.new_zeros(batch, keys.shape[1], capacity, keys.shape[-1])
-            self._value_buffer = values.new_zeros(batch, values.shape[1], capacity, values.shape[-1])
+            self._key_buffer = keys.new_empty(batch, keys.shape[1], capacity, keys.shape[-1])
+            self._value_buffer = values.new_empty(batch, values.shape[1], capacity, values.shape[-1])
             self.keys, self.values = self._key_buffer[:, :, :columns], self._value_buffer[:, :, :columns]
-        self._key_buffer[rows, :, columns - keys.shape[-2] : columns] = keys
-        self._value_buffer[rows, :, columns - values.shape[-2] : columns] = values
+        for buffer, read in ((self._key_buffer, keys), (self._value_buffer, values)):
+            pads = columns - read.shape[-2]
+            buffer[rows, :, :pads] = 0  # what a mask hides is multiplied by 0, and memory as it comes may hold a NaN
+            buffer[rows, :, pads:columns] = read
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, in that order; only rows that change their place are copied."""
@@ -70,6 +72,12 @@ class GrowingLayer(DynamicLayer):
             buffer[places, :, :filled] = buffer[indices[places], :, :filled]
         self._key_buffer, self._value_buffer = self._key_buffer[:kept], self._value_buffer[:kept]
         self.keys, self.values = self._key_buffer[:, :, :filled], self._value_buffer[:, :, :filled]
+
+
+def _as_attention_takes_them(states: Tensor) -> Tensor:
+    """Rounded once: rotary embedding leaves keys in float32, and autocast would round the whole cache at each token."""
+    kind = states.device.type
+    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
 
 
 def new_cache(model: Any) -> tuple[DynamicCache, bool]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -19,7 +20,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from chatalign.rollout import Sampling, TransformersRollout, stream_reply
+from chatalign.rollout import Sampling, TransformersRollout, decoding, stream_reply
 from chatalign.rollout.decoding import Decoding
 from chatalign.rollout.sampler import Sampler
 from chatalign.rollout.transformers_engine import cut_at_stops
@@ -199,3 +200,22 @@ def test_many_prompts_are_read_in_groups_and_answered_as_one_by_one() -> None:
     assert together.response_ids == alone.response_ids
     for prompt, reply, logps in zip(prompts, together.response_ids, together.logprobs, strict=True):
         assert logps == pytest.approx(_whole_forward_logprobs(model, prompt, reply, 0.8), abs=1e-5)
+
+
+def test_under_autocast_the_cache_is_rounded_once_and_the_logits_are_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """transformers keeps what rotary embedding leaves, float32 keys, and autocast rounds all of them at each token."""
+    model = _model("llama").eval()
+
+    def logits() -> tuple[list[torch.Tensor], torch.dtype]:
+        reading = Decoding(model, PROMPTS, PAD)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            steps = [reading.prefill(), *(reading.step(torch.full((len(PROMPTS),), 9)) for _ in range(3))]
+        return steps, reading.cache.layers[0].keys.dtype
+
+    rounded, dtype = logits()
+    monkeypatch.setattr(decoding, "new_cache", lambda model: (DynamicCache(config=model.config), True))
+    expected, kept = logits()
+    assert (dtype, kept) == (torch.bfloat16, torch.float32)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(rounded, expected, strict=True))
