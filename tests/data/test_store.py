@@ -14,7 +14,7 @@ from chat_families import BY_NAME, CHATML, make, tokenizer_of
 from chatalign.data import json_files, prepare, store
 from chatalign.data.encode import RowEncoder
 from chatalign.data.files import read_file
-from chatalign.data.store import stored
+from chatalign.data.store import TokensKey, stored
 from chatalign.errors import DataError
 from chatalign.recipe import DataSection
 
@@ -99,7 +99,7 @@ def test_a_cache_that_cant_be_written_is_one_line(tmp_path: Path, monkeypatch: p
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
     with pytest.raises(DataError, match="set HF_DATASETS_CACHE to a folder with space"):
-        stored("key", lambda folder: None)
+        stored(TokensKey({}), lambda folder: None)
 
 
 def test_memory_does_not_grow_with_the_rows(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
