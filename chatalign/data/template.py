@@ -156,7 +156,8 @@ def _calls_as_text(messages: Messages, first_supervised: int) -> tuple[Messages,
         if role == "user" and made and made[-1]["role"] == "user":
             made[-1] = {"role": "user", "content": f"{made[-1]['content']}\n{content}"}
         else:
-            made.append({"role": role, "content": content})
+            mark = {"train": False} if "train" in message else {}
+            made.append({"role": role, "content": content, **mark})
     return made, first
 
 

@@ -18,6 +18,7 @@ from chatalign.recipe.load import (
 
 if TYPE_CHECKING:
     from chatalign.recipe.sections import (
+        CleanSection,
         DataSection,
         DatasetSource,
         DpoSection,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "STAGES",
+    "CleanSection",
     "DataSection",
     "DatasetSource",
     "DpoRecipe",

@@ -6,6 +6,7 @@ contract test compares the two. Sections are frozen, refuse unknown keys, and im
 No ``from __future__ import annotations`` here: pydantic would evaluate each field's text, at every start.
 """
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -98,13 +99,16 @@ Format = Literal[
     "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "hh", "unpaired", "text", "prompt"
 ]
 
+Role = Literal["system", "user", "assistant", "tool", "function_call"]
+
 
 class DatasetSource(Section):
     """One source of rows: a local file or folder (json, jsonl, parquet, csv, txt) or a Hub dataset.
 
     ``format`` is recognised from the columns where it isn't given; ``columns`` maps the schema's names to the
-    file's (``{prompt: question, completion: answer}``). ``weight`` is relative to the other sources' weights:
-    the mixture draws rows in that proportion; without weights every row of every source is used once.
+    file's (``{prompt: question, completion: answer}``; ``role`` and ``content`` are a turn's keys) and ``roles`` the
+    file's names of roles to the schema's. ``weight`` is relative to the other sources' weights: the mixture draws
+    rows in that proportion; without weights every row of every source is used once.
     """
 
     path: str
@@ -113,9 +117,35 @@ class DatasetSource(Section):
     revision: str | None = None
     format: Format | None = None
     columns: dict[str, str] = {}
+    roles: dict[str, Role] = {}
     weight: Positive | None = None
     max_rows: Count | None = None
     system: str | None = None
+
+
+class CleanSection(Section):
+    """Which rows of ``datasets`` are left out before any is tokenized; each is counted by its reason.
+
+    A word is a run of letters and digits, or one Chinese or Japanese character; system turns aren't looked at.
+    ``near_duplicates`` is the Jaccard of word 5-grams from which a row is an earlier one's copy, ``decontaminate`` the
+    length in words of n-grams that no row to train on may share with one to evaluate on (GPT-3's 13).
+    """
+
+    exact_duplicates: bool = True
+    near_duplicates: Annotated[float, Field(ge=0.7, le=0.95)] | None = None
+    decontaminate: Annotated[int, Field(ge=5, le=50)] | None = None
+    languages: list[Annotated[str, Field(pattern="^[a-z]{2,3}$")]] = []
+    min_words: Count | None = None
+    max_words: Count | None = None
+    min_turns: Count | None = None
+    max_turns: Count | None = None
+
+    @model_validator(mode="after")
+    def _least_below_most(self) -> Self:
+        for least, most in (("min_words", "max_words"), ("min_turns", "max_turns")):
+            if (getattr(self, least) or 0) > (getattr(self, most) or math.inf):
+                raise ValueError(f"`{least}` is above `{most}`: no row would be left")
+        return self
 
 
 class DataSection(Section):
@@ -132,6 +162,13 @@ class DataSection(Section):
     supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
     apply_chat_template: bool = True
     num_proc: Count | None = None
+    clean: CleanSection | None = None
+
+    @model_validator(mode="after")
+    def _something_to_compare_with(self) -> Self:
+        if self.clean and self.clean.decontaminate and not (self.eval_datasets or self.eval_fraction):
+            raise ValueError("`clean.decontaminate` compares with rows to evaluate on: give `eval_datasets`")
+        return self
 
     @model_validator(mode="after")
     def _weights_on_all_or_none(self) -> Self:

@@ -33,7 +33,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "conversation",
         {"messages": [{"role": "boss", "content": "x"}]},
-        "messages[0].role: 'boss' is not a known role → use user, assistant, system or tool",
+        "messages[0].role: 'boss' is not a known role → use user, assistant, system or tool, or say `roles: {boss: user}` (assistant, system, tool, function_call)",
     ),
     (
         "conversation",
@@ -53,7 +53,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "conversation",
         {"messages": [*m("hi"), {"role": A, "content": [{"type": "image"}]}]},
-        "messages[1].content: has a part of type 'image' → keep text parts only",
+        "messages[1].content: has a part of type 'image' → take the row out, or keep text parts only",
     ),
     ("conversation", {"messages": m("hi")}, "messages: has no assistant turn to learn from → add the reply"),
     (
