@@ -103,13 +103,20 @@ def run(
 
 
 @app.command()
-def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
+    accelerate_config: Annotated[
+        str | None, typer.Option(help="The file that `accelerate launch --config_file` will be given.")
+    ] = None,
+) -> None:
     """Everything that can be known before training; exit status 1 on a problem."""
     from chatalign.launch import quiet_libraries
     from chatalign.preflight import print_check
 
     quiet_libraries()
-    raise typer.Exit(print_check(recipe, overrides or []))
+    raise typer.Exit(print_check(recipe, overrides or [], as_json=json, accelerate_config=accelerate_config))
 
 
 @app.command()

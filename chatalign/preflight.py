@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-
-from chatalign.check import Finding, LookedAt, check_recipe, data_sections, tokenizer_finding
+from chatalign.check import (
+    DiskUse,
+    Finding,
+    LookedAt,
+    data_sections,
+    look_at_rows,
+    place_findings,
+    row_findings,
+    start_findings,
+    token_findings,
+)
+from chatalign.check.launch import Launch, default_config, launch_findings, launch_of_config
 from chatalign.errors import ChatalignError, RecipeError
 from chatalign.recipe import Recipe, load_pipeline, load_recipe, parse_overrides, read_yaml
+
+_BYTES_BESIDE = 8 * 2**20  # of row files, above which they are read in a process beside the one that tokenizes
+_SAMPLE = 2 * 2**20  # bytes of rows that are tokenized, over all recipes of a file
+_COLOURS = {"ok": "green", "FAIL": "red", "note": "yellow"}
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was looked at: in the file itself, and by recipe name with its stage."""
+
+    path: str
+    findings: list[Finding]
+    recipes: dict[str, tuple[str, list[Finding]]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many findings are ok, FAIL and note."""
+        every = [*self.findings, *(finding for _, findings in self.recipes.values() for finding in findings)]
+        counted = Counter(finding.status for finding in every)
+        return {"ok": counted["ok"], "FAIL": counted["FAIL"], "note": counted["note"]}
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``--json`` prints; the page on the guard says what each key holds."""
+        return {
+            "file": self.path,
+            "findings": [finding.as_json() for finding in self.findings],
+            "recipes": {
+                name: {"stage": stage, "findings": [finding.as_json() for finding in findings]}
+                for name, (stage, findings) in self.recipes.items()
+            },
+            "counts": self.counts,
+        }
 
 
 def load_any(path: str, overrides: Sequence[str]) -> dict[str, Recipe]:
@@ -22,33 +72,77 @@ def load_any(path: str, overrides: Sequence[str]) -> dict[str, Recipe]:
     return {recipe.stage: recipe}
 
 
-def print_check(path: str, overrides: Sequence[str]) -> int:
-    """Print what was checked, pass or fail, with the mend; returns the exit status, 1 where something failed."""
-    console = Console(soft_wrap=True, highlight=False)
-    failures = 0
+def check_file(path: str, overrides: Sequence[str] = (), *, accelerate_config: str | None = None) -> CheckReport:
+    """Look at everything that can be known of a recipe or pipeline before it trains; raises nothing of ours.
 
-    def show(finding: Finding) -> None:
-        nonlocal failures
-        failures += finding.problem is not None
-        mark = "[green]ok[/]  " if finding.problem is None else "[red]FAIL[/]"
-        console.print(mark, finding.what if finding.problem is None else str(finding.problem), markup=True)
-
+    `accelerate_config` is the file that it will be launched with; where none is given, accelerate's default one.
+    """
     try:
         recipes = load_any(path, overrides)
+        config = accelerate_config or default_config()
+        launch = launch_of_config(config) if config else None
     except ChatalignError as error:
-        show(Finding(path, error))
-        return 1
-    show(Finding(f"{path}: {len(recipes)} recipe{'s' if len(recipes) > 1 else ''} read, keys and values are right"))
-    made_later = frozenset(recipe.output_dir for recipe in recipes.values()) if len(recipes) > 1 else frozenset()
-    looked_at: LookedAt = {}
+        return CheckReport(path, [Finding("recipe", path, error)], {})
+    several = f"{len(recipes)} recipe{'s' if len(recipes) > 1 else ''}"
+    read = Finding("recipe", f"{path}: {several} read, keys and values are right")
+    found = _check_recipes(recipes, launch)
+    return CheckReport(path, [read], {name: (recipes[name].stage, findings) for name, findings in found.items()})
+
+
+def _check_recipes(recipes: Mapping[str, Recipe], launch: Launch | None) -> dict[str, list[Finding]]:
+    earlier = {recipe.output_dir: recipe for recipe in recipes.values()} if len(recipes) > 1 else {}
+    used = DiskUse()
+    starts = {name: list(start_findings(recipe, frozenset(earlier))) for name, recipe in recipes.items()}
+    ready = {name for name, findings in starts.items() if all(finding.problem is None for finding in findings)}
+    with _rows_beside(list(recipes.values())) as looked_at:
+        share = _SAMPLE // max(len(ready), 1)
+        tokens = {
+            name: list(token_findings(recipes[name], earlier, sample_bytes=share)) if name in ready else []
+            for name in recipes
+        }
+        rows = looked_at()
+    found = {}
     for name, recipe in recipes.items():
-        console.print(f"[bold]{name}[/] ({recipe.stage})")
-        findings = list(check_recipe(recipe, made_later=made_later, looked_at=looked_at))
-        if all(finding.problem is None for finding in findings) and (last := tokenizer_finding(recipe)):
-            findings.append(last)
+        places = place_findings(recipe, earlier, used) if name in ready else ()
+        launches = () if launch is None else launch_findings(recipe, launch)
+        found[name] = [*starts[name], *row_findings(recipe, rows), *tokens[name], *places, *launches]
+    return found
+
+
+@contextmanager
+def _rows_beside(recipes: Sequence[Recipe]) -> Iterator[Callable[[], LookedAt]]:
+    """Read the rows of large files in a process of their own, while this one imports a tokenizer and tokenizes."""
+    sources = [source for recipe in recipes for section, _ in data_sections(recipe) for source in section.datasets]
+    files = {Path(source.path) for source in sources if Path(source.path).is_file()}
+    if sum(file.stat().st_size for file in files) < _BYTES_BESIDE:
+        yield lambda: look_at_rows(recipes)
+        return
+    # Forked before torch has threads, where that can be: nothing is imported again.
+    with ProcessPoolExecutor(1, get_context("fork" if sys.platform == "linux" else "spawn")) as beside:
+        yield beside.submit(look_at_rows, recipes).result
+
+
+def print_check(
+    path: str, overrides: Sequence[str], *, as_json: bool = False, accelerate_config: str | None = None
+) -> int:
+    """Print what was checked, pass or fail, with the mend; returns the exit status, 1 where something failed."""
+    report = check_file(path, overrides, accelerate_config=accelerate_config)
+    if as_json:
+        print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
+        return 1 if report.counts["FAIL"] else 0
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(soft_wrap=True, highlight=False)
+    for name, (stage, findings) in {"": ("", report.findings), **report.recipes}.items():
+        if name:
+            console.print(f"[bold]{escape(name)}[/] ({stage})")
         for finding in findings:
-            show(finding)
-    console.print(f"[bold]{failures} problem{'' if failures == 1 else 's'}[/]")
+            mark = f"[{_COLOURS[finding.status]}]{finding.status:4}[/]"
+            console.print(mark, escape(str(finding.problem or finding.note or finding.what)))
+    failures, notes = report.counts["FAIL"], report.counts["note"]
+    noted = f", {notes} note{'' if notes == 1 else 's'}" if notes else ""
+    console.print(f"[bold]{failures} problem{'' if failures == 1 else 's'}[/]{noted}")
     return 1 if failures else 0
 
 

@@ -33,7 +33,7 @@ def package_findings(recipe: Recipe) -> Iterator[Finding]:
             continue
         missing = find_spec(package) is None
         mend = f"this recipe needs the package {package}; pip install 'chatalign[{extras.get(package, package)}]'"
-        yield Finding(f"package {package} is installed", DependencyError(mend) if missing else None)
+        yield Finding("packages", f"package {package} is installed", DependencyError(mend) if missing else None)
 
 
 def model_findings(recipe: Recipe, made_later: frozenset[str]) -> Iterator[Finding]:
@@ -49,16 +49,18 @@ def _model(role: str, section: ModelSection, made_later: frozenset[str]) -> Find
     what = f"`{role}`: {name}"
     place = Path(name)
     if name in made_later:
-        return Finding(f"{what} is made by an earlier stage")
+        return Finding("models", f"{what} is made by an earlier stage")
     if not place.exists():
-        return Finding(what, _missing_folder(role, name) if _looks_local(name) else None)
+        return Finding("models", what, _missing_folder(role, name) if _looks_local(name) else None)
     if (place / RUN_FILE).exists() and not (place / ARTIFACT_FILE).exists():
         mend = f"`{role}: {name}` is a run that isn't finished; run `chatalign {{stage}} {place / 'recipe.yaml'}` first"
-        return Finding(what, ArtifactError(mend.replace("{stage}", _stage_of(place))))
+        return Finding("models", what, ArtifactError(mend.replace("{stage}", _stage_of(place))))
     files = ("config.json", "adapter_config.json", ARTIFACT_FILE)
     if not any((place / file).exists() for file in files):
-        return Finding(what, ModelError(f"`{role}: {name}` holds no model (none of {', '.join(files)} is there)"))
-    return Finding(what)
+        return Finding(
+            "models", what, ModelError(f"`{role}: {name}` holds no model (none of {', '.join(files)} is there)")
+        )
+    return Finding("models", what)
 
 
 def _stage_of(run_folder: Path) -> str:
@@ -96,10 +98,12 @@ def _function(name: str) -> Finding:
     try:
         tree = ast.parse(Path(file).read_text("utf-8"))
     except FileNotFoundError:
-        return Finding(what, RecipeError(f"{name}: no such file; give path/to/file.py:name"))
+        return Finding("functions", what, RecipeError(f"{name}: no such file; give path/to/file.py:name"))
     except SyntaxError as error:
-        return Finding(what, RecipeError(f"{file}:{error.lineno}: not valid Python ({error.msg})"))
+        return Finding("functions", what, RecipeError(f"{file}:{error.lineno}: not valid Python ({error.msg})"))
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     if function not in defined:
-        return Finding(what, RecipeError(f"{file}: has no function `{function}`; it has {', '.join(defined)}"))
-    return Finding(what)
+        return Finding(
+            "functions", what, RecipeError(f"{file}: has no function `{function}`; it has {', '.join(defined)}")
+        )
+    return Finding("functions", what)

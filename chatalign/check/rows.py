@@ -2,30 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from chatalign.check.findings import STAGE_DATA, Finding, Kind, LookedAt
+from chatalign.data.checks import DataLook, look_at_data
+from chatalign.data.sources import looks_local
 from chatalign.errors import DataError
 from chatalign.recipe import DataSection, DatasetSource, Recipe
 
 
 def row_findings(recipe: Recipe, looked_at: LookedAt) -> Iterator[Finding]:
     """Whether every local row can be trained on; what `looked_at` holds is not read again."""
-    from chatalign.data.checks import check_data
-    from chatalign.data.sources import looks_local
+    from chatalign.data import checks
 
     for section, kind in data_sections(recipe):
-        names = ", ".join(source.path for source in section.datasets)
-        if not any(Path(source.path).exists() or looks_local(source.path) for source in section.datasets):
-            yield Finding(f"rows of {names} as {kind}: on the Hub, not looked at before the run")
+        what = f"rows of {', '.join(source.path for source in section.datasets)} as {kind}"
+        if not _any_local(section):
+            yield Finding("rows", f"{what}: on the Hub, not looked at before the run")
             continue
         alike = (section.model_dump_json(), kind)
         if alike not in looked_at:
-            looked_at[alike] = check_data(section, kind)
-        problems = looked_at[alike]
-        more = f" ({len(problems) - 1} more such problems)" if len(problems) > 1 else ""
-        yield Finding(f"rows of {names} as {kind}", DataError(problems[0] + more) if problems else None)
+            looked_at[alike] = DataLook(checks.check_data(section, kind))
+        look = looked_at[alike]
+        more = f" ({len(look.problems) - 1} more such problems)" if len(look.problems) > 1 else ""
+        yield Finding("rows", what, DataError(look.problems[0] + more) if look.problems else None)
+        if not look.problems and recipe.stage != "eval":
+            yield from _counts(section, what, look)
+
+
+def look_at_rows(recipes: Iterable[Recipe]) -> LookedAt:
+    """Every local row that any of the recipes reads, once, with the counts that a launch has no time for."""
+    looked_at: LookedAt = {}
+    for recipe in recipes:
+        for section, kind in data_sections(recipe):
+            alike = (section.model_dump_json(), kind)
+            if alike not in looked_at and _any_local(section):
+                looked_at[alike] = look_at_data(section, kind)
+    return looked_at
+
+
+def _counts(section: DataSection, what: str, look: DataLook) -> Iterator[Finding]:
+    """How many rows are there twice, and how many ask what evaluation rows ask."""
+    if look.duplicates is not None:
+        note = None
+        if look.duplicates:
+            share = f"{look.duplicates:,} of {look.rows:,} rows ({look.duplicates / look.rows:.1%})"
+            note = f"{what}: {share} are exact copies of an earlier one, and are learned that often → take them out"
+        yield Finding("duplicates", f"{what}: {look.rows:,}, no two alike", note=note)
+    if look.leaking is not None:
+        names = ", ".join(source.path for source in section.eval_datasets)
+        note = None
+        if look.leaking:
+            share = f"{look.leaking:,} of {look.rows:,} training rows ({look.leaking / look.rows:.1%})"
+            note = f"{what}: {share} ask what {names} asks; the stage leaves them out and counts them"
+            note += " → take them out yourself to be rid of this note"
+        yield Finding("leakage", f"{what}: none asks what {names} asks", note=note)
+
+
+def _any_local(section: DataSection) -> bool:
+    return any(Path(source.path).exists() or looks_local(source.path) for source in section.datasets)
 
 
 def data_sections(recipe: Recipe) -> list[tuple[DataSection, Kind]]:
