@@ -45,6 +45,7 @@ class SegmentPlan:
     _varlen: dict[torch.device, varlen_attention.VarlenTable] = field(default_factory=dict, compare=False)
     _flex: dict[tuple[torch.device, int | None], Any] = field(default_factory=dict, compare=False)
     ran: set[str] = field(default_factory=set, compare=False)  # kernels that were used on it
+    windows: set[int] = field(default_factory=set, compare=False)  # that layers asked for
 
     def mask(self, length: int, prefix: int, device: torch.device) -> Tensor:
         """(length, prefix + length) booleans: the prefix fully, then causal."""
@@ -141,6 +142,8 @@ def segment_attention_forward(
         query, key, value = _in_autocast_dtype(query, key, value)
     kernel = _choose(kernel, query, key, dropout, softcap)
     plan.ran.add(kernel)
+    if (window := kwargs.get("sliding_window")) is not None:
+        plan.windows.add(window)
     _require_supported(module, plan, kwargs, windows=kernel == "flex")
     if kernel == "varlen":
         return varlen_attention.attend(query, key, value, plan.varlen(query.device), scaling=scaling), None

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chatalign.engine.attention import ATTENTION, Kernel, entry_name, register, segment_inputs
-from chatalign.errors import ModelError
+from chatalign.engine.attention import ATTENTION, Kernel, SegmentPlan, entry_name, register, segment_inputs
+from chatalign.errors import GuardError, ModelError
 
 _LENGTHS = (5, 7, 4, 6)  # a document, then prompt | chosen | rejected
 _REMEDY = "train it with `engine: trl`, or choose another model"
@@ -42,8 +42,9 @@ def runs_segments(model: nn.Module) -> bool:
 def enable_segments(model: nn.Module, kernel: Kernel = "auto") -> frozenset[str]:
     """Set the model to the segment entry and check it; raises ModelError for a model that can't run it.
 
-    Returns the kernels that its layers ran in the check. Nothing is run, and none returned, where the weights are
-    not here to run: on the meta device, or sharded by ZeRO-3 before training.
+    Raises GuardError where its layers run another attention than `kernel`, or without their sliding window. Returns
+    the kernels that its layers ran in the check. Nothing is run, and none returned, where the weights are not here to
+    run: on the meta device, or sharded by ZeRO-3 before training.
     """
     register()
     base = unwrapped(model)
@@ -53,7 +54,7 @@ def enable_segments(model: nn.Module, kernel: Kernel = "auto") -> frozenset[str]
         base.set_attn_implementation(entry_name(kernel))
     if any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
         return frozenset()
-    return check_isolation(model)
+    return check_isolation(model, kernel)
 
 
 def computes_in_half(model: nn.Module) -> bool:
@@ -63,7 +64,7 @@ def computes_in_half(model: nn.Module) -> bool:
     return torch.is_autocast_enabled(next(model.parameters()).device.type)
 
 
-def check_isolation(model: nn.Module) -> frozenset[str]:
+def check_isolation(model: nn.Module, kernel: Kernel = "auto") -> frozenset[str]:
     """Compare a tiny flat batch with its sequences run alone; raises ModelError where a segment sees another.
 
     Returns the kernels of attention that ran.
@@ -83,6 +84,7 @@ def check_isolation(model: nn.Module) -> frozenset[str]:
         raise ModelError(f"{type(base).__name__} can't run a packed row ({reason}); {_REMEDY}") from error
     finally:
         model.train(training)
+    refuse_other_attention(base, kernel, inputs["segments"])
     scale = float(together.float().std())
     half = computes_in_half(model)
     ends = torch.tensor(_LENGTHS).cumsum(0).tolist()
@@ -96,6 +98,23 @@ def check_isolation(model: nn.Module) -> frozenset[str]:
             f"gap {gap / scale:.1e} of the hidden states' spread); {_REMEDY}"
         )
     return frozenset(inputs["segments"].ran)
+
+
+def refuse_other_attention(base: Any, kernel: Kernel, plan: SegmentPlan) -> None:
+    """Raise GuardError where a forward pass ran no kernel of ours, another one, or left the model's window out."""
+    config = base.config
+    wanted = {kernel} if kernel != "auto" else plan.ran or {"sdpa"}
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else hasattr(type(config), "sliding_window")
+    window = getattr(config, "sliding_window", None) if slides else None
+    if plan.ran == wanted and (window is None or window in plan.windows):
+        return
+    ran = "+".join(sorted(plan.ran)) or "transformers' own"
+    windows = "+".join(str(one) for one in sorted(plan.windows)) or "none"
+    raise GuardError(
+        f"{type(base).__name__}: its layers ran the attention {ran} with the window {windows}, and not "
+        f"{'+'.join(sorted(wanted))} with the window {window or 'none'}; {_REMEDY}"
+    )
 
 
 def _tiny_ids(base: Any) -> Tensor:

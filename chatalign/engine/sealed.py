@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from chatalign import checkpoint
+from chatalign.engine.guard import StepGuard
 from chatalign.engine.metrics import Stopwatch
 from chatalign.engine.signals import StopRequest
 from chatalign.engine.weights import load_trainable, save_trainable
@@ -63,6 +64,7 @@ class SealedTrainer(Trainer):
             self._tokens_before = int(extra["tokens"])
             self.load_stage_state(extra["stage"])
         self.add_callback(_StopWhenAsked(self))
+        self.add_callback(StepGuard(self))
         self.stopwatch.start()
         with self.stop:
             output = super().train(resume_from_checkpoint)

@@ -28,6 +28,7 @@ from chatalign.engine.batching import (
     row_lengths,
     to_device,
 )
+from chatalign.engine.guard import LossShares, ShareGuard, refuse_uneven_evaluation
 from chatalign.engine.isolation import computes_in_half
 from chatalign.engine.levers import choose, hardware
 from chatalign.engine.loss_head import HALF_MULTIPLE
@@ -93,6 +94,8 @@ class StageTrainer(SealedTrainer):
         self.stopwatch = Stopwatch()
         self._tokens = 0  # of this process since they were last added up
         self._first_bad = torch.full((), -1, device=args.device)
+        self.shares = LossShares(self)
+        self.add_callback(ShareGuard(self.shares))
         tracking.attach(self, recipe, run)
 
     # What a stage overrides
@@ -169,7 +172,9 @@ class StageTrainer(SealedTrainer):
         self.metric_sums.add(metrics, filler=filler)
         self._tokens += 0 if filler else count_tokens(inputs)
         self._watch(loss, "loss")
-        return loss * (0 if filler else self.args.world_size)
+        loss = loss * (0 if filler else self.args.world_size)
+        self.shares.add(loss, 0 if filler else self.count_items(inputs), num_items_in_batch)
+        return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -232,18 +237,23 @@ class StageTrainer(SealedTrainer):
         return logs
 
     def _evaluation_means(self, eval_dataset: Any) -> dict[str, float]:
-        sums = MetricSums()
+        sums, tokens = MetricSums(), 0
+        bins = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert isinstance(bins, Bins)
         model = self.model_wrapped if self.is_in_train else self.model
         assert isinstance(model, nn.Module)
         training = model.training
         model.eval()
         with torch.no_grad():
-            for host_batch in self.get_eval_dataloader(eval_dataset):
+            for host_batch in self.get_eval_dataloader(bins):
                 filler = bool(host_batch.pop("filler"))
                 count = max(self.count_items(host_batch), 1)
+                tokens += 0 if filler else count_tokens(host_batch)
                 loss, metrics = self.objective(model, self._prepare_inputs(host_batch), count)
                 sums.add({**metrics, "loss": loss.expand(count)}, filler=filler)
         model.train(training)
+        counted = int(self.reduce(torch.tensor(tokens, device=self.args.device)))
+        refuse_uneven_evaluation(counted=counted, expected=sum(row_lengths(bins.rows)), processes=self.args.world_size)
         return sums.drain(self.reduce)
 
     # Checkpoints

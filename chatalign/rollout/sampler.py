@@ -104,4 +104,5 @@ def inverse_cdf(logps_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     # Scaled to the sum rather than normalised; strictly below it, or the last, perhaps impossible, token is drawn.
     total_B = cumulative_BV[:, -1]
     points_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-    return torch.searchsorted(cumulative_BV, points_B[:, None], right=True).squeeze(1)
+    found_B = torch.searchsorted(cumulative_BV, points_B[:, None], right=True).squeeze(1)
+    return found_B.clamp(max=logps_BV.shape[-1] - 1)  # past the end where a row is NaN, which is refused afterwards

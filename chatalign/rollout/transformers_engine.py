@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from chatalign.errors import NonFiniteError
 from chatalign.rollout.decoding import Decoding
 from chatalign.rollout.dense import dense_weights
 from chatalign.rollout.interface import Rollout, Sampling
@@ -81,7 +82,24 @@ class TransformersRollout:
                     decoding.keep(rows)
                     alive_B, next_B, stopped_B = alive_B[rows], next_B[rows], stopped_B[rows]
             logits_BV = decoding.step(next_B)
+        refuse_nan(logps_BN[:, : step + 1], [len(ids) for ids in prompt_ids])
         return cut_at_stops(tokens_BN[:, : step + 1], logps_BN[:, : step + 1], sampler)
+
+
+def refuse_nan(logps_BN: Tensor, lengths: Sequence[int]) -> None:
+    """Raise NonFiniteError where log-probabilities of rows that began with `lengths` prompt tokens are NaN."""
+    is_nan_B = logps_BN.isnan().any(1)
+    if not bool(is_nan_B.any()):
+        return
+    row, widest = int(is_nan_B.int().argmax()), max(lengths)
+    pads = widest - lengths[row]
+    mend = (
+        "its weights are not finite" if min(lengths) == widest else "generate with a batch size of 1, without padding"
+    )
+    raise NonFiniteError(
+        f"the model's log-probabilities are NaN for a prompt of {lengths[row]} tokens, with {pads} pad tokens before "
+        f"it and others of up to {widest} beside it; {mend}"
+    )
 
 
 def filled_from_the_end(stopped_B: Tensor, kept: int) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import (
 
 from chatalign.engine.attention import ATTENTION, plan_segments, segment_inputs
 from chatalign.engine.isolation import check_isolation, enable_segments
-from chatalign.errors import ModelError
+from chatalign.errors import GuardError, ModelError
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -142,7 +142,7 @@ def test_a_model_that_drops_the_segments_is_refused() -> None:
     for layer in model.model.layers:
         forward = layer.self_attn.forward
         layer.self_attn.forward = lambda *args, _forward=forward, segments=None, **kwargs: _forward(*args, **kwargs)
-    with pytest.raises(ModelError, match="mixes the documents of a packed row"):
+    with pytest.raises(GuardError, match="its layers ran the attention transformers' own"):
         enable_segments(model)
 
 
