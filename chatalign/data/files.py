@@ -25,6 +25,7 @@ from chatalign.errors import DataError
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt")
 UNCOUNTED = sys.maxsize
 _MARK = "\ufeff"  # a byte order mark
+_A_LIST = Broken("holds a list, not an object", mend="write one object a line, or name a file of one list .json")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def _jsonl_rows(lines: Iterable[tuple[int, bytes]]) -> Numbered:
             yield number, line
             continue
         try:
-            yield number, as_row(reader.whole(line.rstrip("\n")))
+            value = reader.whole(line.rstrip("\n"))
+            yield number, _A_LIST if isinstance(value, list) else as_row(value)
         except json.JSONDecodeError as error:
             mend = {"mend": "write one object a line"} if error.msg == "Extra data" else {}
             yield number, Broken("broken JSON", f"{error.msg}, column {error.colno}", **mend)

@@ -51,6 +51,7 @@ _DEMONSTRATIONS: dict[Format, set[str]] = {
     "alpaca": {"instruction", "output"},
     "prompt_completion": {"prompt", "completion"},
 }
+_TELLING = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "instruction", "output", "text")
 _WITH_TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 _LOST = MEDIA | {"chat_template_kwargs"}  # columns that mean something to training elsewhere
 
@@ -124,11 +125,14 @@ def check_columns_map(source: DatasetSource) -> None:
 def format_of(source: DatasetSource, first: RawRow, kind: Kind) -> Format:
     """The source's format: as the recipe says, or recognised from its first row. Checks that it suits `kind`.
 
-    Raises DataError naming the source where no format is recognised, or the format holds another kind of data.
+    Raises DataError naming the source where no format is recognised, or the format holds another kind of data;
+    BadRow where the row is empty, or null where the format would show: another row may tell.
     """
     check_columns_map(source)
     row = rename(first, source) if source.columns or source.roles else first
     found = source.format or recognise(row)
+    if found is None or kind not in KINDS_OF[found]:
+        _refuse_nulls(row)
     if found is None:
         raise DataError(f"{source.path}: {_unrecognised(row, kind)}")
     if kind not in KINDS_OF[found]:
@@ -136,6 +140,14 @@ def format_of(source: DatasetSource, first: RawRow, kind: Kind) -> Format:
     if source.format is None and (problem := _half_recognised(row, found)):
         raise DataError(f"{source.path}: {problem}")
     return found
+
+
+def _refuse_nulls(row: RawRow) -> None:
+    if not row:
+        raise BadRow("columns", "the row has none", "take it out")
+    for name in _TELLING:
+        if name in row and row[name] is None:
+            raise BadRow(name, "is null", "write it, or take the row out")
 
 
 def _unrecognised(row: RawRow, kind: Kind) -> str:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chatalign.data.json_values import JsonReader
+from chatalign.data.json_values import TOO_DEEP, JsonReader
 from chatalign.data.opening import foreign_bytes, open_text
 from chatalign.data.rows import Broken, kind_of
 from chatalign.errors import DataError
@@ -25,7 +25,7 @@ def as_row(value: Any) -> Any:
     """A row is an object; everything else is Broken."""
     if isinstance(value, dict | Broken):
         return value
-    return Broken(f"holds {kind_of(value)}, not an object")
+    return Broken(f"holds {'null' if value is None else kind_of(value)}, not an object")
 
 
 def json_reader(path: Path) -> Callable[[Path], Numbered] | None:
@@ -39,10 +39,12 @@ def json_reader(path: Path) -> Callable[[Path], Numbered] | None:
             return json_list
         if begin[:1] == "{" and any(line.strip() for line in file) and _is_value(begin):
             return None
-    if begin[:1] not in ("{", ""):
+    if not begin:
+        raise DataError(f"{path}: holds no rows; give a file with at least one")
+    if begin[:1] != "{":
         what = kind_of(JsonReader().whole(begin)) if _is_value(begin) else repr(begin[:20])
         raise DataError(f"{path}: holds {what}, not a list of rows; write a list of objects")
-    lists = {key for key, number, row in _members(path) if number == 1 and isinstance(row, dict | Broken)}
+    lists = {key for key, number, value in _members(path) if number == 1 and isinstance(value, dict | Broken)}
     if len(lists) != 1:
         raise DataError(f'{path}: a JSON object without one list of rows; write a list, or {{"data": […]}}')
     return partial(_member, lists.pop())
@@ -61,8 +63,8 @@ def json_list(path: Path) -> Numbered:
     with open_text(path) as file:
         window = _Window(path, _text_chunks(file))
         number = 0
-        for number, row in _elements(window, JsonReader()):
-            yield number, row
+        for number, value in _elements(window, JsonReader()):
+            yield number, as_row(value)
         if window.peek():
             raise window.broken("Extra data", window.at, row=number + 1)
 
@@ -76,7 +78,7 @@ def _elements(window: _Window, reader: JsonReader) -> Numbered:
     number, ended = 0, False
     while not ended:
         number += 1
-        yield number, as_row(window.value(reader, row=number))
+        yield number, window.value(reader, row=number)
         ended = window.take(",]", row=number) == "]"
 
 
@@ -84,15 +86,13 @@ def _members(path: Path) -> Iterator[tuple[str, int, Any]]:
     """The members of the object that a file holds: of a list each element with its place, of others the value and 0."""
     with open_text(path) as file:
         window, reader, number = _Window(path, _text_chunks(file)), JsonReader(), 0
-        if not window.peek():
-            return  # an empty file
         ended = window.take("{", row=1) == "{" and window.peek() == "}"
         while not ended:
             key = str(window.value(reader, row=1))
             window.take(":", row=1)
             if window.peek() == "[":
-                for number, row in _elements(window, reader):
-                    yield key, number, row
+                for number, value in _elements(window, reader):
+                    yield key, number, value
             else:
                 yield key, 0, window.value(reader, row=1)
             ended = window.take(",}", row=number + 1) == "}"
@@ -100,7 +100,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, Any]]:
 
 def _member(key: str, path: Path) -> Numbered:
     """The elements of one list in the object that a file holds."""
-    return ((number, row) for name, number, row in _members(path) if name == key and number)
+    return ((number, as_row(value)) for name, number, value in _members(path) if name == key and number)
 
 
 class _Window:
@@ -135,7 +135,7 @@ class _Window:
             try:
                 value, end = reader.at(self.text, self.at)
             except RecursionError:
-                raise self.broken("nested too deep", self.at, row=row) from None
+                raise DataError(f"{self.path}:{row}: {TOO_DEEP} → flatten it") from None
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - _LONGEST_ESCAPE
                 if cut and self._grow():

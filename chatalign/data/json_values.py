@@ -17,7 +17,7 @@ from chatalign.data.rows import BadRow, Broken
 DEEPEST = 100  # levels of lists and objects in a row; tool schemas have about ten
 _LONGEST_NUMBER = 1000  # digits; Python itself fails from 4,300 on
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
-_TOO_DEEP = f"is nested more than {DEEPEST} levels deep"
+TOO_DEEP = f"is nested more than {DEEPEST} levels deep"
 
 
 class JsonReader:
@@ -35,7 +35,7 @@ class JsonReader:
         try:
             value = self._decoder.decode(text)
         except RecursionError:
-            return Broken(_TOO_DEEP, mend="flatten it")
+            return Broken(TOO_DEEP, mend="flatten it")
         return value if self._found is None else self._found
 
     def at(self, text: str, start: int) -> tuple[Any, int]:
@@ -77,7 +77,7 @@ def check_value(value: Any, field: str = "") -> None:
         return
     for place, depth, leaf in _leaves(value, field):
         if depth > DEEPEST:
-            raise BadRow(place.partition("[")[0].partition(".")[0], _TOO_DEEP, "flatten it")
+            raise BadRow(place.partition("[")[0].partition(".")[0], TOO_DEEP, "flatten it")
         found = _NO_TEXT.search(leaf) if isinstance(leaf, str) else None
         if found and found[0] == "\0":
             raise BadRow(place, "holds a NUL character", f"take it out (character {found.start() + 1})")
