@@ -18,6 +18,8 @@ from chatalign.runs import RUN_FILE, model_inputs
 def package_findings(recipe: Recipe) -> Iterator[Finding]:
     """Whether the optional packages that a recipe needs are installed."""
     train = getattr(recipe, "train", None)
+    sections = [getattr(recipe, name, None) for name in ("data", "ptx_data")]
+    cleans = [section.clean for section in sections if section and section.clean]
     needed = {
         "trl": getattr(recipe, "engine", "native") == "trl" or recipe.stage == "kto",
         "bitsandbytes": getattr(recipe, "quantization", None) is not None
@@ -25,9 +27,11 @@ def package_findings(recipe: Recipe) -> Iterator[Finding]:
         "liger_kernel": bool(getattr(train, "use_liger_kernel", False)),
         "vllm": getattr(getattr(recipe, "ppo", None), "rollout_engine", "") == "vllm_colocate",
         "evaluate": bool(getattr(getattr(recipe, "eval", None), "metrics", [])),
+        "datasketch": any(clean.near_duplicates for clean in cleans),
+        "py3langid": any(clean.languages for clean in cleans),
         recipe.tracking: recipe.tracking != "none",
     }
-    extras = {"bitsandbytes": "quantization", "liger_kernel": "gpu"}
+    extras = {"bitsandbytes": "quantization", "liger_kernel": "gpu", "datasketch": "clean", "py3langid": "clean"}
     for package, wanted in needed.items():
         if not wanted:
             continue

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from enum import IntEnum
 
 from chatalign.data.rows import Conversation, Row, Text
 
@@ -24,6 +25,21 @@ def prompt_hash(row: Row) -> str:
         asked = [turn["content"] for turn in row.prompt]
     normal = [" ".join(text.casefold().split()) for text in asked]
     return hashlib.sha256(json.dumps(normal, ensure_ascii=False).encode()).hexdigest()
+
+
+class Side(IntEnum):
+    """Where a row of ``datasets`` goes; ``NEITHER``: left out, since its prompt is in ``eval_datasets``."""
+
+    TRAIN = 0
+    EVAL = 1
+    NEITHER = 2
+
+
+def side_of(digest: str, *, eval_fraction: float, asked: Container[str]) -> Side:
+    """The side of a row by its prompt's hash; `asked` are those of ``eval_datasets``. Without a hash, TRAIN."""
+    if digest and is_eval(digest, eval_fraction):
+        return Side.EVAL
+    return Side.NEITHER if digest in asked else Side.TRAIN
 
 
 def is_eval(digest: str, eval_fraction: float) -> bool:

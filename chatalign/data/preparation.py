@@ -7,31 +7,33 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
 import numpy as np
 
 from chatalign.artifact import DataUsed, write_json
+from chatalign.data.cleaning import Cleaner, LeftOut, check_clean, libraries
 from chatalign.data.encode import ORIGIN, Outcome, RowEncoder, table_schema
 from chatalign.data.files import Chunk
 from chatalign.data.formats import format_of
-from chatalign.data.mixing import is_eval, mixture
+from chatalign.data.mixing import Side, mixture, side_of
+from chatalign.data.profiles import profile_task
 from chatalign.data.rows import BadRow, Kind
 from chatalign.data.sources import Rows, read_source
 from chatalign.data.store import TableFile, stored, tokens_key
-from chatalign.data.workers import Task, Workers
+from chatalign.data.workers import Task, Workers, encode_task
 from chatalign.errors import DataError
-from chatalign.recipe import DataSection, DatasetSource
+from chatalign.recipe import CleanSection, DataSection, DatasetSource
 from chatalign.recipe.sections import Format
 
 logger = logging.getLogger(__name__)
 LOST_TARGETS_LIMIT = 0.01  # a larger share of rows without targets is a mistake in max_length, not in the rows
 _CHUNK = 250  # rows encoded at once: enough for a tokenizer's batch, and few to hold
-_TRAIN, _EVAL, _NEITHER = range(3)  # the side that a row goes to
 _EXAMPLES = 5  # rows named for each reason that rows are left out; the rest are counted
 
 
@@ -56,12 +58,13 @@ class _Source:
 
     source: DatasetSource
     raw: Rows
-    format: str = ""
+    format: Format | None = None
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     lost_targets: int = 0
     used: int = 0
     train_rows: int = 0
+    left_out: dict[str, LeftOut] = field(default_factory=dict)  # by file, what cleaning found
 
     @property
     def total(self) -> int:
@@ -80,7 +83,7 @@ class _Source:
         return DataUsed(
             path=self.source.path,
             sha256=self.raw.sha256,
-            format=self.format,
+            format=self.format or "",
             rows=self.total,
             used=self.used,
             dropped=dict(sorted(self.dropped.items())),
@@ -107,10 +110,13 @@ def prepare(section: DataSection, tokenizer: Any, kind: Kind, *, seed: int, eos_
         section=section.model_dump(exclude={"num_proc", "packing"}),
         rows=[loaded.raw.sha256 for loaded in [*train, *held_out]],
         eos_for_text=eos_for_text,
+        cleaned_by=libraries(section.clean),
     )
     total = sum(loaded.total for loaded in [*train, *held_out])
 
     def write(folder: Path) -> None:
+        if section.clean:
+            check_clean(section.clean, kind)  # before workers are forked, so that they have the models
         with Workers(min(section.num_proc or 1, -(-total // _CHUNK)), encoder, make_encoder) as workers:
             _Pass(section, kind, workers, folder).run(train, held_out)
 
@@ -154,6 +160,8 @@ class _Pass:
     def run(self, train: list[_Source], held_out: list[_Source]) -> None:
         """Write ``train.arrow``, ``eval.arrow`` (where there are such rows) and ``record.json``."""
         section, schema = self.section, table_schema(self.kind)
+        if section.clean:
+            self._clean(section.clean, train, held_out)
         with ExitStack() as stack:
             files = [
                 stack.enter_context(TableFile(self.folder / f"{side}.arrow", schema)) for side in ("train", "eval")
@@ -173,32 +181,63 @@ class _Pass:
         used = [loaded.account().model_dump() for loaded in [*train, *held_out]]
         write_json(self.folder / "record.json", {"train_rows": [loaded.train_rows for loaded in train], "used": used})
 
+    def _clean(self, clean: CleanSection, train: list[_Source], held_out: list[_Source]) -> None:
+        """Look at all rows once, and tell each source which of its rows are left out."""
+        with TemporaryDirectory(dir=self.folder) as scratch:
+            cleaner = Cleaner(clean, rows=sum(len(loaded.raw) for loaded in train), scratch=Path(scratch))
+            for loaded in held_out:
+                tasks = self._tasks(loaded, hashed=True, look=True)
+                for profiles in self.workers.run(partial(profile_task, held_out=True), tasks):
+                    self.asked.update(profiles.prompts)
+                    cleaner.add_held_out(profiles)
+            for number, loaded in enumerate(train):
+                for profiles in self.workers.run(profile_task, self._tasks(loaded, self._split, look=True)):
+                    cleaner.add(number, profiles, [self._side(digest) for digest in profiles.prompts])
+            for number, name, left_out in cleaner.decide():
+                train[number].left_out[name] = left_out
+
+    @property
+    def _split(self) -> bool:
+        return bool(self.asked or self.section.eval_fraction)
+
     def _encode(self, loaded: _Source, files: Sequence[TableFile], *, held_out: bool = False) -> None:
         """Write the encoded rows of one source to their sides; those left out are counted in `loaded`."""
         for row in loaded.raw.problems:
             loaded.drop(row.broken.reason, row.place)
-        hashed = held_out or bool(self.asked or self.section.eval_fraction)
-        for made in self.workers.encode(self._tasks(loaded, hashed)):
+        for made in self.workers.run(encode_task, self._tasks(loaded, held_out or self._split)):
             if held_out:
                 self.asked.update(filter(None, made.hashes))
-            sides = [_EVAL if held_out else self._side(digest) for digest in made.hashes]
+            sides = [Side.EVAL if held_out else self._side(digest) for digest in made.hashes]
             for place, side, outcome in zip(made.places, sides, made.outcomes, strict=True):
                 self._count(loaded, place, side, outcome)
             side_of_row = np.repeat(sides, [outcome if isinstance(outcome, int) else 0 for outcome in made.outcomes])
-            for side, file in enumerate(files):
-                chosen = side_of_row == side
+            for file_side, file in zip((Side.TRAIN, Side.EVAL), files, strict=True):
+                chosen = side_of_row == file_side
                 file.append(made.table if chosen.all() else made.table.filter(chosen))
 
-    def _tasks(self, loaded: _Source, hashed: bool) -> Iterator[Task]:
-        """A source's chunks; its format is that of the first row whose columns are known."""
-        format_ = None
+    def _tasks(self, loaded: _Source, hashed: bool, *, look: bool = False) -> Iterator[Task]:
+        """A source's chunks; its format is that of the first row whose columns are known.
+
+        `look`: all rows, before it is known which are cleaned away; nothing is counted.
+        """
+        format_ = loaded.format
         for chunk in loaded.raw.chunks(_CHUNK):
-            format_ = format_ or self._format(loaded, chunk)
+            format_ = format_ or self._format(loaded, chunk, look=look)
             if format_ is not None:
                 loaded.format = format_
-                yield Task(chunk, loaded.source, format_, hashed)
+                yield Task(chunk if look else self._kept(loaded, chunk), loaded.source, format_, hashed)
 
-    def _format(self, loaded: _Source, chunk: Chunk) -> Format | None:
+    def _kept(self, loaded: _Source, chunk: Chunk) -> Chunk:
+        """The chunk without rows that are cleaned away, which are counted."""
+        if chunk.name not in loaded.left_out:
+            return chunk
+        numbered = list(chunk.numbered)
+        left_out = loaded.left_out[chunk.name].between(numbered[0][0], numbered[-1][0])
+        for number, reason in left_out.items():
+            loaded.drop(reason, f"{chunk.name}:{number}")
+        return replace(chunk, numbered=[(number, row) for number, row in numbered if number not in left_out])
+
+    def _format(self, loaded: _Source, chunk: Chunk, *, look: bool) -> Format | None:
         """The format by the first row that has the mapped columns; where none has, they are counted as left out."""
         bad_rows: list[tuple[str, str]] = []
         for where, columns in chunk:
@@ -208,19 +247,16 @@ class _Pass:
                 if self.section.on_bad_row == "error":
                     raise DataError(f"{where}: {bad}") from None
                 bad_rows.append((bad.reason, where))
-        for reason, place in bad_rows:
+        for reason, place in bad_rows if not look else ():
             loaded.drop(reason, place)
         return None
 
-    def _side(self, digest: str) -> int:
-        """Where a training row goes; one whose prompt is in ``eval_datasets`` nowhere."""
-        if digest and is_eval(digest, self.section.eval_fraction):
-            return _EVAL
-        return _NEITHER if digest in self.asked else _TRAIN
+    def _side(self, digest: str) -> Side:
+        return side_of(digest, eval_fraction=self.section.eval_fraction, asked=self.asked)
 
-    def _count(self, loaded: _Source, place: str, side: int, outcome: Outcome) -> None:
+    def _count(self, loaded: _Source, place: str, side: Side, outcome: Outcome) -> None:
         """Put a row to the source's account, or raise DataError where the recipe doesn't let it pass."""
-        if side == _NEITHER:
+        if side == Side.NEITHER:
             loaded.drop("its prompt is in eval_datasets", place)
             return
         if isinstance(outcome, int):

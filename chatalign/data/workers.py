@@ -1,4 +1,4 @@
-"""Chunks of raw rows to tables of tokens, here or in several processes: the same tables, errors and order.
+"""Work on chunks of raw rows, here or in several processes: the same tables of tokens, errors and order.
 
 A worker gets lines as they lie in the file, and does all that is to be done with a row; so this process only reads
 and writes bytes, and more workers bring more speed.
@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
+from typing import TypeVar
 
 import pyarrow
 
@@ -27,6 +28,7 @@ from chatalign.errors import DataError
 from chatalign.recipe import DatasetSource
 from chatalign.recipe.sections import Format
 
+Done = TypeVar("Done")
 _AHEAD = 4  # chunks on their way for each worker: none waits, and few are held
 
 
@@ -53,19 +55,23 @@ class Made:
     table: pyarrow.Table
 
 
+def rows_of(encoder: RowEncoder, task: Task) -> Iterator[tuple[str, Row | BadRow]]:
+    """A chunk's rows in the schema (file:row, row); a bad one raises DataError where the recipe drops none."""
+    for where, columns in task.chunk:
+        try:
+            yield where, normalise(columns, task.source, task.format, encoder.kind)
+        except BadRow as bad:
+            if encoder.section.on_bad_row == "error":
+                raise DataError(f"{where}: {bad}") from None
+            yield where, bad
+
+
 def encode_task(encoder: RowEncoder, task: Task) -> Made:
     """Bring a chunk's rows to the schema and encode them; a bad row raises DataError where the recipe drops none."""
     places: list[str] = []
     hashes: list[str] = []
     rows: list[Row | BadRow] = []
-    for where, columns in task.chunk:
-        row: Row | BadRow
-        try:
-            row = normalise(columns, task.source, task.format, encoder.kind)
-        except BadRow as bad:
-            if encoder.section.on_bad_row == "error":
-                raise DataError(f"{where}: {bad}") from None
-            row = bad
+    for where, row in rows_of(encoder, task):
         places.append(where)
         rows.append(row)
         hashes.append(prompt_hash(row) if task.hashed and not isinstance(row, BadRow) else "")
@@ -76,7 +82,7 @@ def encode_task(encoder: RowEncoder, task: Task) -> Made:
 
 
 class Workers:
-    """`count` processes that encode; with one, this process does. A context manager: at its end they are gone."""
+    """`count` processes; with one, this process does the work. A context manager: at its end they are gone."""
 
     def __init__(self, count: int, encoder: RowEncoder, make_encoder: Callable[[], RowEncoder]) -> None:
         self.encoder = encoder
@@ -94,20 +100,22 @@ class Workers:
             _worker[:] = [encoder]
             self._pool = ProcessPoolExecutor(count, get_context(method), _start_worker, (make_encoder,))
 
-    def encode(self, tasks: Iterable[Task]) -> Iterator[Made]:
-        """What the tasks made, in order. The first is encoded here, while workers begin: it holds the verified rows."""
-        waiting: deque[Callable[[], Made]] = deque()
+    def run(self, work: Callable[[RowEncoder, Task], Done], tasks: Iterable[Task]) -> Iterator[Done]:
+        """What `work` made of the tasks, in order. The first is done here, while workers begin: it holds the rows that
+        encoding verifies.
+        """
+        waiting: deque[Callable[[], Done]] = deque()
         for number, task in enumerate(tasks):
             here = self._pool is None or number == 0
-            waiting.append(partial(encode_task, self.encoder, task) if here else self._submit(task))
+            waiting.append(partial(work, self.encoder, task) if here else self._submit(work, task))
             if len(waiting) > self._ahead:
                 yield waiting.popleft()()
         while waiting:
             yield waiting.popleft()()
 
-    def _submit(self, task: Task) -> Callable[[], Made]:
+    def _submit(self, work: Callable[[RowEncoder, Task], Done], task: Task) -> Callable[[], Done]:
         assert self._pool is not None
-        return self._pool.submit(_encode_in_worker, task).result
+        return self._pool.submit(_in_worker, work, task).result
 
     def __enter__(self) -> Workers:
         return self
@@ -130,5 +138,5 @@ def _start_worker(make_encoder: Callable[[], RowEncoder]) -> None:
     _worker[0].trust()
 
 
-def _encode_in_worker(task: Task) -> Made:
-    return encode_task(_worker[0], task)
+def _in_worker(work: Callable[[RowEncoder, Task], Done], task: Task) -> Done:
+    return work(_worker[0], task)
