@@ -295,10 +295,9 @@ class ChatEncoder:
             raise TemplateError("the chat template renders a row in another way than rows of its shape; report it")
 
     def _moves(self, text: str, start: int, guarded: bool) -> bool:
-        """Whether the prompt's last tokens change once the reply stands behind them."""
+        """Whether the prompt's last tokens change once the reply stands behind them (only near white space)."""
         before, after = text[max(start - 24, 0) : start], text[start : start + 8]
-        # No token reaches over a special token or a lone line break, unless white space follows.
-        if not after[:1].isspace() and (before.endswith(self.text.special_texts) or _ends_in_line_break(before)):
+        if not (after[:1].isspace() or (before[-1:].isspace() and before[-2:-1].isspace())):
             return False
         alone = self.text.ids(before, guarded=guarded)
         return self.text.ids(before + after, guarded=guarded)[: len(alone)] != alone
@@ -320,10 +319,6 @@ def _target_turns(messages: Sequence[Message], first_supervised: int, supervise:
     replies = (i for i, turn in enumerate(messages) if turn["role"] == "assistant" and "train" not in turn)
     turns = tuple(i for i in replies if i >= first_supervised)
     return turns[-1:] if supervise == "last_assistant" else turns
-
-
-def _ends_in_line_break(text: str) -> bool:
-    return text[-1:] == "\n" and not text[-2:-1].isspace()
 
 
 def _halves(error: TemplateError) -> tuple[str, str]:

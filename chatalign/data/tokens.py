@@ -43,7 +43,6 @@ class TextEncoder:
         for text in tokenizer.all_special_tokens:
             self.special_ids.setdefault(text, tokenizer.convert_tokens_to_ids(text))
         self.added_texts = sorted({token.content for token in added.values()} | set(self.special_ids), key=len)[::-1]
-        self.special_texts = tuple(self.special_ids)
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._wards = {text: _ward(text) for text in longest_first}

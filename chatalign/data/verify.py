@@ -76,7 +76,7 @@ def verify_roles(finder: SpanFinder, messages: Messages, turns: tuple[int, ...],
             if i != turn and message["content"].strip() and message["content"] in rendered.text[start:end]:
                 raise TemplateError(
                     f"the chat template puts the {message['role']} turn among the targets of a reply, since it serves "
-                    f"{rendered.text[:start]!r} before it; let its generation prompt hold every turn before the reply"
+                    f"{rendered.text[max(start - 40, 0) : start]!r} before it; let its generation prompt hold every turn before the reply"
                 )
 
 
