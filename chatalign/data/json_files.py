@@ -34,28 +34,23 @@ def json_reader(path: Path) -> Callable[[Path], Numbered] | None:
     Raises DataError where the file holds neither.
     """
     with open_text(path) as file:
-        begin = next((line for line in file if line.strip()), b"").decode("utf-8-sig", "replace").lstrip()
-        if begin[:1] == "[":
+        window = _Window(path, _text_chunks(file))
+        begin = window.peek()
+        if begin == "[":
             return json_list
-        if begin[:1] == "{" and any(line.strip() for line in file) and _is_value(begin):
+        if not begin:
+            raise DataError(f"{path}: holds no rows; give a file with at least one")
+        if begin != "{":
+            what = kind_of(window.value(JsonReader(), row=1))
+            raise DataError(f"{path}: holds {what}, not a list of rows; write a list of objects")
+        lists = {key for key, number, value in _members(window) if number == 1 and isinstance(value, dict | Broken)}
+        if window.peek() == "{":
             return None
-    if not begin:
-        raise DataError(f"{path}: holds no rows; give a file with at least one")
-    if begin[:1] != "{":
-        what = kind_of(JsonReader().whole(begin)) if _is_value(begin) else repr(begin[:20])
-        raise DataError(f"{path}: holds {what}, not a list of rows; write a list of objects")
-    lists = {key for key, number, value in _members(path) if number == 1 and isinstance(value, dict | Broken)}
+        if window.peek():
+            raise window.broken("Extra data", window.at, row=1)
     if len(lists) != 1:
         raise DataError(f'{path}: a JSON object without one list of rows; write a list, or {{"data": […]}}')
     return partial(_member, lists.pop())
-
-
-def _is_value(text: str) -> bool:
-    try:
-        JsonReader().whole(text)
-    except json.JSONDecodeError:
-        return False
-    return True
 
 
 def json_list(path: Path) -> Numbered:
@@ -82,25 +77,29 @@ def _elements(window: _Window, reader: JsonReader) -> Numbered:
         ended = window.take(",]", row=number) == "]"
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, Any]]:
-    """The members of the object that a file holds: of a list each element with its place, of others the value and 0."""
-    with open_text(path) as file:
-        window, reader, number = _Window(path, _text_chunks(file)), JsonReader(), 0
-        ended = window.take("{", row=1) == "{" and window.peek() == "}"
-        while not ended:
-            key = str(window.value(reader, row=1))
-            window.take(":", row=1)
-            if window.peek() == "[":
-                for number, value in _elements(window, reader):
-                    yield key, number, value
-            else:
-                yield key, 0, window.value(reader, row=1)
-            ended = window.take(",}", row=number + 1) == "}"
+def _members(window: _Window) -> Iterator[tuple[str, int, Any]]:
+    """The members of the object that begins here: of a list each element with its place, of others the value and 0."""
+    reader, number = JsonReader(), 0
+    ended = window.take("{", row=1) == "{" and window.peek() == "}"
+    if ended:
+        window.take("}", row=1)
+    while not ended:
+        key = str(window.value(reader, row=1))
+        window.take(":", row=1)
+        if window.peek() == "[":
+            for number, value in _elements(window, reader):
+                yield key, number, value
+        else:
+            yield key, 0, window.value(reader, row=1)
+        ended = window.take(",}", row=number + 1) == "}"
 
 
 def _member(key: str, path: Path) -> Numbered:
     """The elements of one list in the object that a file holds."""
-    return ((number, as_row(value)) for name, number, value in _members(path) if name == key and number)
+    with open_text(path) as file:
+        for name, number, value in _members(_Window(path, _text_chunks(file))):
+            if name == key and number:
+                yield number, as_row(value)
 
 
 class _Window:

@@ -15,7 +15,8 @@ from chatalign.errors import DataError
 
 Numbered = Iterator[tuple[int, Any]]  # (the row's place in the file, from 1; the row, or a Broken in its stead)
 _MARK = "\ufeff"  # a byte order mark
-_BATCH_ROWS, _BATCH_BYTES = 1000, 8 << 20  # of a parquet file, at once
+_BATCH_ROWS, _BATCH_BYTES = 1000, 1 << 20  # of a parquet file, at once
+_BUFFER = 1 << 16  # bytes of a parquet column read at once
 
 
 def csv_rows(path: Path) -> Numbered:
@@ -109,8 +110,8 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     try:
-        # Mapped and buffered: else a whole row group, often the whole file, is held as it is unpacked.
-        with pyarrow.parquet.ParquetFile(path, memory_map=True, buffer_size=1 << 20, pre_buffer=False) as file:
+        # Buffered: else a whole row group, often the whole file, is held before its first row is there.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             for group in range(file.num_row_groups):
                 metadata = file.metadata.row_group(group)
                 bytes_a_row = metadata.total_byte_size // max(metadata.num_rows, 1) + 1
