@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -123,7 +123,12 @@ def check(
 def inspect(
     recipe: RecipePath,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(help="How many rows to show.")] = 3,
+    rows: Annotated[int | None, typer.Option(min=1, help="How many rows to show: 3, on a page 20.")] = None,
+    row: Annotated[int | None, typer.Option(help="Show this row only, counted from 1.")] = None,
+    split: Annotated[Literal["train", "eval"], typer.Option(help="Rows to train or to evaluate on.")] = "train",
+    stage: Annotated[str | None, typer.Option(help="Whose rows, of a pipeline: the first stage's that trains.")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Show each token's bounds and id.")] = False,
+    html: Annotated[str | None, typer.Option(metavar="PAGE", help="Write one HTML file instead.")] = None,
     traceback: Trace = False,
 ) -> None:
     """The rows as the model will see them, supervised tokens coloured."""
@@ -131,7 +136,7 @@ def inspect(
     def work() -> None:
         from chatalign.preflight import print_rows
 
-        print_rows(recipe, overrides or [], rows)
+        print_rows(recipe, overrides or [], rows=rows, row=row, split=split, stage=stage, tokens=tokens, html=html)
 
     _end(work, traceback)
 

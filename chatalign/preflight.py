@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from chatalign.check import (
     DiskUse,
@@ -25,11 +25,11 @@ from chatalign.check import (
     token_findings,
 )
 from chatalign.check.launch import Launch, default_config, launch_findings, launch_of_config
-from chatalign.errors import ChatalignError, RecipeError
+from chatalign.errors import ChatalignError
 from chatalign.recipe import Recipe, load_pipeline, load_recipe, parse_overrides, read_yaml
 
 _BYTES_BESIDE = 8 * 2**20  # of row files, above which they are read in a process beside the one that tokenizes
-_SAMPLE = 2 * 2**20  # bytes of rows that are tokenized, over all recipes of a file
+_SAMPLE = 2**20  # bytes of rows that are tokenized, over all recipes of a file
 _COLOURS = {"ok": "green", "FAIL": "red", "note": "yellow"}
 
 
@@ -146,14 +146,49 @@ def print_check(
     return 1 if failures else 0
 
 
-def print_rows(path: str, overrides: Sequence[str], rows: int) -> None:
-    """Show a stage's rows as tokens, supervised ones coloured; raises RecipeError for a pipeline."""
-    from chatalign.data.preview import inspect_rows
-    from chatalign.models.load import load_tokenizer
+def print_rows(
+    path: str,
+    overrides: Sequence[str],
+    *,
+    rows: int | None = None,
+    row: int | None = None,
+    split: Literal["train", "eval"] = "train",
+    stage: str | None = None,
+    tokens: bool = False,
+    html: str | None = None,
+) -> None:
+    """Show a stage's rows as tokens, here or as the HTML page `html`; of a pipeline those of `stage`.
 
-    recipe = load_recipe(path, parse_overrides(overrides))
-    sections = data_sections(recipe)
-    if not sections or recipe.stage == "eval":
-        raise RecipeError(f"{path}: a {recipe.stage} recipe without training rows has nothing to inspect")
-    data, kind = sections[0]
-    inspect_rows(data, load_tokenizer(recipe.model), kind, rows)
+    Raises RecipeError where the stage, the split or the row isn't there.
+    """
+    from rich.console import Console
+
+    from chatalign.data import prepare
+    from chatalign.models.load import load_tokenizer
+    from chatalign.preview import MAX_ROWS, MAX_TOKENS, preview, print_preview, write_page
+    from chatalign.preview.stage import stage_with_rows, tokenizer_section
+
+    recipes = load_any(path, overrides)
+    with_rows = [name for name, recipe in recipes.items() if recipe.stage != "eval" and data_sections(recipe)]
+    name = stage_with_rows(recipes, with_rows, stage, path)
+    recipe: Any = recipes[name]
+    data, kind = data_sections(recipe)[0]
+    tokenizer = load_tokenizer(tokenizer_section(recipe, recipes))
+    shown = preview(
+        prepare(data, tokenizer, kind, seed=recipe.train.seed),
+        data,
+        tokenizer,
+        kind,
+        title=f"{path} · {name}",
+        split=split,
+        count=min(rows or 20, MAX_ROWS) if html else rows or 3,
+        row=row,
+        most_tokens=MAX_TOKENS if html else None,
+        batch_size=recipe.train.per_device_train_batch_size,
+        pads=recipe.stage == "kto" or getattr(recipe, "engine", "native") == "trl",
+    )
+    if html is None:
+        print_preview(shown, Console(), tokens=tokens, supervise=data.supervise)
+    else:
+        page = write_page(shown, html, supervise=data.supervise)
+        print(f"{page}: {len(shown.rows)} of {shown.total} rows, {page.stat().st_size / 1000:,.0f} kB")

@@ -14,7 +14,21 @@ LAYERS = [
     {"errors", "maths", "__init__"},
     {"recipe", "artifact", "runs", "metrics_file", "phases"},
     {"data", "models", "engine", "rollout", "checkpoint", "tracking"},
-    {"sft", "reward", "dpo", "ppo", "pretrain", "kto", "evaluate", "hub", "merge", "report", "chat"},
+    {
+        "sft",
+        "reward",
+        "dpo",
+        "ppo",
+        "pretrain",
+        "kto",
+        "evaluate",
+        "hub",
+        "merge",
+        "report",
+        "chat",
+        "verify",
+        "preview",
+    },
     {"launch", "check", "preflight", "pipeline", "warm", "commands", "cli", "__main__"},
 ]
 STAGES = {"sft", "reward", "dpo", "ppo", "pretrain", "kto", "evaluate"}

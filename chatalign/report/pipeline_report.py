@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,9 @@ from chatalign.errors import ArtifactError, DependencyError
 from chatalign.metrics_file import METRICS_FILE, read_metrics
 from chatalign.report import plots
 from chatalign.report.headline import best_models, cell, duration, eval_columns, headline
+from chatalign.report.lineage import lineage_of, mermaid, svg
 from chatalign.report.markdown import baseline_of, evaluation_sections, markdown_table, section
+from chatalign.report.page import render_page
 from chatalign.report.run_report import PLOTS_FOLDER, REPORT_FILE
 from chatalign.report.terminal import reward_model_line
 
@@ -108,6 +109,7 @@ def _view(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         "names": list(models) or sorted({name for sample in summary.get("samples", []) for name in sample["replies"]}),
         "samples": summary.get("samples", []),
         "lineage": [_lineage(name, artifact) for name, artifact in artifacts.items()],
+        "graph": lineage_of(artifacts),
         "data": [(name, used) for name, artifact in artifacts.items() for used in artifact.data],
         "versions": summary.get("versions", {}),
     }
@@ -143,6 +145,7 @@ def _markdown(summary: Mapping[str, Any], view: Mapping[str, Any]) -> str:
     headings = ("stage", "kind", "status", "time", "overhead", "tokens/s", "result")
     plots_seen = "\n".join(f"![{plot.title}]({PLOTS_FOLDER}/{plot.name}.png)" for plot in view["pictures"])
     lineage = [tuple(row.values()) for row in view["lineage"]]
+    lineage_table = markdown_table(("stage", "run", "from", "base", "weights", "fingerprint"), lineage)
     data = [
         (name, used.path, used.rows, used.used, sum(used.dropped.values()), used.sha256[:12])
         for name, used in view["data"]
@@ -157,7 +160,7 @@ def _markdown(summary: Mapping[str, Any], view: Mapping[str, Any]) -> str:
         section("Stages", markdown_table(headings, stages)),
         section("Plots", plots_seen or (f"*{view['note']}*" if view["note"] else "")),
         replies,
-        section("Lineage", markdown_table(("stage", "run", "from", "base", "weights", "fingerprint"), lineage)),
+        section("Lineage", "\n\n".join((mermaid(view["graph"]), lineage_table)).strip()),
         section("Data", markdown_table(("stage", "source", "rows", "used", "dropped", "sha256"), data)),
         section("Versions", ", ".join(f"{name} {version}" for name, version in view["versions"].items())),
     ]
@@ -165,13 +168,10 @@ def _markdown(summary: Mapping[str, Any], view: Mapping[str, Any]) -> str:
 
 
 def _html(view: Mapping[str, Any]) -> str:
-    from jinja2 import Environment
+    from markupsafe import Markup
 
-    template = files("chatalign.report").joinpath("pipeline.html.j2").read_text("utf-8")
-    # Replies are what a model wrote: escaped, whatever they hold.
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["inline"] = _inline
-    return environment.from_string(template).render(**view)
+    graph = Markup(svg(view["graph"]))  # which escapes what it is made of
+    return render_page("pipeline.html.j2", {"inline": _inline}, **dict(view) | {"graph": graph})
 
 
 def _inline(picture: bytes) -> str:

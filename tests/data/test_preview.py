@@ -1,56 +1,245 @@
-"""What `chatalign inspect` shows of rows, lengths and drops; and that the self-check would notice wrong targets."""
+"""What `chatalign inspect` prints of rows, lengths and drops; and that the self-check would notice wrong targets.
+
+Snapshots lie in tests/golden/preview; ``CHATALIGN_RECORD=1 python -m pytest tests/data/test_preview.py`` records.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
-from chat_families import BY_NAME, CHATML, make, tokenizer_of
+from chat_families import BY_NAME, CHATML, TOOLS, make, tokenizer_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner
 
+from chatalign.commands import app
+from chatalign.data import prepare
 from chatalign.data.chat import ChatEncoder, chat_encoder
-from chatalign.data.preview import inspect_rows
 from chatalign.data.rows import Conversation
 from chatalign.data.spans import Rendered
 from chatalign.data.verify import verify
-from chatalign.errors import TemplateError
+from chatalign.errors import RecipeError, TemplateError
+from chatalign.preview import preview, print_preview
+from chatalign.preview.tokens import TokenTexts, segments
 from chatalign.recipe import DataSection
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "preview"
 TOKENIZER = tokenizer_of(BY_NAME["chatml"])
 ROW = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+HARD = "你好 👩‍🚀 <|im_end|> a\u200bb\u202eevil\x1b[31m\u00a0\tשלום ⟦x⟧"  # every kind of text that hides or pretends
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+WITH_TOOLS = [
+    {"role": "user", "content": "1 + 2?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "add", "content": "3"},
+    {"role": "assistant", "content": "it is 3"},
+]
+KINDS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
+    "conversation": (
+        "conversation",
+        [
+            {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": HARD}, ROW[1]]},
+            {"messages": [ROW[0], {"role": "assistant", "content": "yes " * 100}]},
+            {"messages": [ROW[0]]},
+        ],
+    ),
+    "tools": ("conversation", [{"messages": WITH_TOOLS, "tools": [{"name": "add", "parameters": {}}]}]),
+    "text": ("text", [{"text": "hello world\n\n你好"}, {"text": "the answer " * 60}]),
+    "preference": (
+        "preference",
+        [
+            {"prompt": "hello " * 80, "chosen": "yes", "rejected": "no"},
+            {"prompt": "hi", "chosen": "a", "rejected": "a"},
+        ],
+    ),
+    "prompt": ("prompt", [{"prompt": "hi"}, {"prompt": "what is " * 60}]),
+    "unpaired": (
+        "unpaired",
+        [{"prompt": "hi", "completion": "yes", "label": True}, {"prompt": "hi", "completion": "no", "label": False}],
+    ),
+}
 
 
-def shown(tmp_path: Path, row: dict[str, object], kind: object, *, colour: bool = False) -> str:
-    path = tmp_path / "rows.jsonl"
-    path.write_text((json.dumps(row) + "\n") * 3)
-    section = DataSection(datasets=[{"path": str(path)}], max_length=64)
+def printed(
+    path: Path, rows: list[dict[str, Any]], kind: Any, *, colour: bool = False, tokens: bool = False, **asked: Any
+) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    data = {"max_length": 128, "on_bad_row": "drop"} | asked.pop("data", {})
+    section = DataSection(datasets=[{"path": str(path)}], **data)
+    tokenizer = asked.pop("tokenizer", TOKENIZER)
+    shown = preview(prepare(section, tokenizer, kind, seed=0), section, tokenizer, kind, **asked)
     out = io.StringIO()
-    console = Console(file=out, width=200, force_terminal=colour, color_system="standard" if colour else None)
-    inspect_rows(section, TOKENIZER, kind, rows=1, console=console)  # type: ignore[arg-type]
+    system: Any = "standard" if colour else None
+    console = Console(file=out, width=110, force_terminal=colour, color_system=system, no_color=False)
+    print_preview(shown, console, tokens=tokens, supervise=section.supervise)
     return out.getvalue()
 
 
+def trimmed(text: str) -> str:
+    return "".join(line.rstrip() + "\n" for line in text.splitlines())
+
+
+def same_as_golden(text: str, name: str) -> None:
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("CHATALIGN_RECORD"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(trimmed(text), "utf-8")
+    assert trimmed(text) == path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_of_each_kind(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind, rows = KINDS[name]
+    asked: dict[str, Any] = {}
+    if name == "tools":
+        asked = {"tokenizer": make(TOOLS, "<|im_end|>", special=("<|im_start|>",)), "data": {"max_length": 256}}
+    same_as_golden(printed(Path("rows.jsonl"), rows, kind, **asked), name)
+
+
+def test_each_token_with_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind, rows = KINDS["conversation"]
+    text = printed(Path("rows.jsonl"), rows, kind, tokens=True, count=1)
+    same_as_golden(text, "tokens")
+    ids = chat_encoder(TOKENIZER).conversation(Conversation(messages=rows[0]["messages"]), "assistant").ids
+    shown = [cell.rpartition(" ")[2].strip("⟦⟧\n") for cell in text.split("\nlengths")[0].split("│")[1:]]
+    assert [int(id_) for cell in shown for id_ in cell.split("+")] == ids
+
+
 def test_targets_special_tokens_and_lengths_are_shown(tmp_path: Path) -> None:
-    text = shown(tmp_path, {"messages": ROW}, "conversation")
+    path = tmp_path / "rows.jsonl"
+    text = printed(path, [{"messages": ROW}] * 3, "conversation", count=1)
     assert "<|im_start|>user⏎\nhi<|im_end|>⏎\n<|im_start|>assistant⏎\n⟦yes<|im_end|>⟧⏎\n" in text
     encoded = chat_encoder(TOKENIZER).conversation(Conversation(messages=ROW), "assistant")
     length, targets = len(encoded.ids), sum(encoded.supervised)
-    bins = 1 if 3 * length <= 64 else 2 if 2 * length <= 64 else 3
-    filled = f"packed, {bins} bins of 64 tokens, {3 * length / (64 * bins):.1%} full"
+    filled = f"packed, 1 bin of 128 tokens, {3 * length / 128:.1%} full"
     assert f"{targets / length:.0%} of the tokens are targets; {filled}" in text
     assert "3 rows to train on, 0 to evaluate on" in text
-    coloured = shown(tmp_path, {"messages": ROW}, "conversation", colour=True)
+    coloured = printed(path, [{"messages": ROW}] * 3, "conversation", colour=True)
     assert "\x1b[32myes" in coloured
     assert "⟦" not in coloured
 
 
 def test_both_sides_of_a_pair_and_labels_are_shown(tmp_path: Path) -> None:
-    text = shown(tmp_path, {"prompt": "hi", "chosen": "yes", "rejected": "no"}, "preference")
+    path = tmp_path / "rows.jsonl"
+    text = printed(path, [{"prompt": "hi", "chosen": "yes", "rejected": "no"}], "preference")
     assert "chosen: ⟦yes<|im_end|>⟧" in text
     assert "rejected: ⟦no<|im_end|>⟧" in text
-    assert "label: thumb down" in shown(tmp_path, {"prompt": "hi", "completion": "x", "label": 0}, "unpaired")
+    assert "label: thumb down" in printed(path, [{"prompt": "hi", "completion": "x", "label": 0}], "unpaired")
+
+
+def test_brackets_stand_in_for_colour_wherever_it_is_turned_off(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": ROW}))
+    section = DataSection(datasets=[{"path": str(path)}])
+    shown = preview(prepare(section, TOKENIZER, "conversation", seed=0), section, TOKENIZER, "conversation")
+    console = Console(file=(out := io.StringIO()), force_terminal=True, color_system="standard", no_color=True)
+    print_preview(shown, console)
+    assert "⟦" in out.getvalue()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.text(max_size=40))
+def test_no_text_hides_or_reaches_the_terminal(text: str) -> None:
+    """Controls, formats and private-use characters become signs; the rest is what it was."""
+    made = segments(text)
+    assert "".join(part.text for part in made if not part.sign) == "".join(
+        char for char in text if not any(part.sign for part in segments(char))
+    )
+    for char in "".join(part.text for part in made):
+        assert char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("你好👩‍🚀é \n")), max_size=30))
+@pytest.mark.parametrize("family", ["chatml", "mistral", "mistral_legacy"])
+def test_characters_stay_whole(family: str, text: str) -> None:
+    """Pieces end where characters end, in byte-level and byte-fallback tokenizers, and lose nothing."""
+    tokenizer = tokenizer_of(BY_NAME[family])
+    ids = ChatEncoder(tokenizer).text.ids("x" + text)
+    pieces = TokenTexts(tokenizer).pieces(ids, [0] * len(ids), [0] * len(ids))
+    assert [id_ for piece in pieces for id_ in piece.ids] == ids
+    joined = "".join(piece.text for piece in pieces)
+    assert joined.removeprefix(" " * (family != "chatml")) == "x" + text
+
+
+def test_an_emoji_of_several_tokens_is_one_piece_and_a_cut_one_is_marked() -> None:
+    ids = ChatEncoder(TOKENIZER).text.ids("a👩b")
+    texts = TokenTexts(TOKENIZER)
+    whole = texts.pieces(ids, [0] * len(ids), [0] * len(ids))
+    assert [piece.text for piece in whole] == ["a", "👩", "b"]
+    assert len(whole[1].ids) > 1
+    cut = texts.pieces(ids[:-2], [0] * (len(ids) - 2), [0] * (len(ids) - 2))
+    assert [piece.text for piece in cut] == ["a", "�"]
+
+
+def test_a_certain_row_of_a_certain_split(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {i}", "completion": f"{i} is it"} for i in range(30)]
+    path = tmp_path / "rows.jsonl"
+    text = printed(path, rows, "conversation", data={"eval_fraction": 0.4}, split="eval", row=2)
+    assert "row 2 of " in text
+    assert "row 1 of " not in text
+    place = int(text.split("rows.jsonl:")[1].split(" ")[0])
+    assert f"⟦{place - 1} is it<|im_end|>⟧" in text
+    with pytest.raises(RecipeError, match="there is no row 99; give a number from 1 to "):
+        printed(path, rows, "conversation", data={"eval_fraction": 0.4}, split="eval", row=99)
+    with pytest.raises(RecipeError, match=r"no rows to evaluate on; set `data\.eval_fraction`"):
+        printed(path, rows, "conversation", split="eval")
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    outcome = CliRunner().invoke(app, ["inspect", *arguments])
+    assert outcome.exception is None or isinstance(outcome.exception, SystemExit), outcome.exception
+    return outcome.exit_code, outcome.output
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (None, "⟦我一天大。<|im_end|>⟧"),  # the first stage that trains is sft
+        ("reward", "rejected: ⟦"),
+        ("ppo", "no targets, and batched by the rollout"),
+    ],
+)
+def test_stages_of_a_pipeline_that_never_ran(
+    stage: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their model isn't there yet: the tokenizer is that of the model where the pipeline starts."""
+    monkeypatch.chdir(ROOT)
+    few = [f"{name}.data.datasets.0.max_rows=20" for name in ("sft", "reward", "ppo")]
+    code, text = call(
+        "recipes/quickstart.yaml", f"output_dir={tmp_path}", *few, "--rows", "1", *(["--stage", stage] if stage else [])
+    )
+    assert code == 0, text
+    assert words in text
+    assert "row 1 of 20" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["recipes/quickstart.yaml", "--stage", "rewards"], "has no stage `rewards`; did you mean `reward`?"),
+        (["recipes/quickstart.yaml", "--stage", "zzz"], "it has base, sft, reward, dpo, ppo, eval"),
+        (["recipes/quickstart.yaml", "--stage", "eval"], "no training rows to inspect; these have: sft, reward"),
+        (["recipes/eval.yaml"], "without training rows has nothing to inspect"),
+        (["recipes/sft.yaml", "--html", "README.md/x.html", "data.datasets.0.max_rows=5"], "can't be written"),
+    ],
+)
+def test_what_cannot_be_shown_gets_one_line(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    code, text = call(*arguments, *(["data.eval_fraction=0"] if arguments[0].endswith("sft.yaml") else []))
+    assert code == 2, text
+    assert words in text
+    assert len(text.strip().splitlines()) == 1
 
 
 def planted() -> tuple[Rendered, list[int], tuple[int, int]]:
