@@ -253,7 +253,8 @@ def _as_prompt(row: Row, columns: RawRow) -> Prompt:
         ends_with(prompt, "user", "prompt")
     used = {"prompt", "completion", "messages", "conversations", "chosen", "rejected", "instruction", "input", "output"}
     extra = {name: value for name, value in columns.items() if name not in used}
-    return Prompt(prompt=_unmarked(prompt), extra=extra, tools=row.tools, raw=row.raw)
+    prompt = _unmarked(prompt) if any("train" in turn for turn in prompt) else prompt
+    return Prompt(prompt=prompt, extra=extra, tools=row.tools, raw=row.raw)
 
 
 def _finished(row: Row) -> Row:
@@ -267,17 +268,15 @@ def _finished(row: Row) -> Row:
         _check_replies(row.prompt, {"chosen": row.chosen, "rejected": row.rejected})
         if row.chosen == row.rejected:
             raise BadRow("rejected", "is the same as chosen", "give two different replies, or take the row out")
-        return replace(row, prompt=_unmarked(row.prompt))
     elif isinstance(row, Unpaired):
         _check_replies(row.prompt, {"completion": row.completion})
+    if isinstance(row, Preference | Unpaired) and any("train" in turn for turn in row.prompt):
         return replace(row, prompt=_unmarked(row.prompt))
     return row
 
 
 def _unmarked(prompt: Messages) -> Messages:
     """A prompt without the marks of what isn't to be learned: nothing of it is."""
-    if not any("train" in turn for turn in prompt):
-        return prompt
     return [{key: value for key, value in turn.items() if key != "train"} for turn in prompt]
 
 

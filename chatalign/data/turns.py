@@ -38,6 +38,7 @@ _MAY_FOLLOW = {
 }
 # Keys by which OpenAI (weight), Axolotl (train, training) and ms-swift (loss, loss_scale) say what is learned.
 _TRAIN_KEYS = ("train", "training", "weight", "loss", "loss_scale")
+_JSON = JsonReader()
 _PART_OF_A_TURN = ("train_detail", "training_detail", "reasoning_training_detail")
 MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 # What other files call a turn's role and text: offered in errors, never assumed.
@@ -57,7 +58,7 @@ def read_turns(value: Any, field: str) -> Messages:
     if not isinstance(value, list | tuple):
         raise BadRow(field, f"is {kind_of(value)}, not a list of turns", 'write [{"role": "user", "content": "…"}, …]')
     messages = [_read_turn(turn, f"{field}[{i}]") for i, turn in enumerate(value)]
-    return _pair_results(messages, field) if any(len(turn) > 2 for turn in messages) else messages
+    return _pair_results(messages, field) if max(map(len, messages), default=0) > 2 else messages
 
 
 def _read_turn(turn: Any, field: str) -> Message:
@@ -65,14 +66,16 @@ def _read_turn(turn: Any, field: str) -> Message:
         raise BadRow(field, f"is {kind_of(turn)}, not a turn", 'write {"role": …, "content": …}')
     role_key, content_key = ("role", "content") if turn.get("role") is not None else ("from", "value")
     named = turn.get(role_key)
-    role = _ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+    role = (_ROLES.get(named) or _ROLES.get(named.strip().lower())) if isinstance(named, str) else None
     if role is None:
         raise _no_role(turn, named, field, role_key)
     if content_key not in turn:
         other = "value" if content_key == "content" else "content"
         content_key = other if other in turn else content_key
     where = f"{field}.{content_key}"
-    content = read_content(turn.get(content_key), where, may_be_none="tool_calls" in turn or "function_call" in turn)
+    content = turn.get(content_key)
+    if not isinstance(content, str):
+        content = read_content(content, where, may_be_none="tool_calls" in turn or "function_call" in turn)
     if role == "function_call":
         message: Message = {"role": "assistant", "content": "", "tool_calls": _read_calls(content, where)}
     else:
@@ -194,7 +197,7 @@ def rename_turns(value: Any, keys: Mapping[str, str], roles: Mapping[str, str]) 
     turns = value
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            turns = JsonReader().whole(value)
+            turns = _JSON.whole(value)
         except json.JSONDecodeError:  # a text that only looks so, or is refused where turns are needed
             return value
     turns = [turns] if isinstance(turns, dict) else turns
@@ -247,7 +250,7 @@ def ends_with(messages: Messages, role: str, field: str) -> None:
 def parse_json(text: str, field: str) -> Any:
     """A JSON value held in a string."""
     try:
-        value = JsonReader().whole(text)
+        value = _JSON.whole(text)
     except json.JSONDecodeError as error:
         raise BadRow(field, "is a string of broken JSON", f"mend it ({error.msg} at character {error.pos})") from None
     if isinstance(value, Broken):
