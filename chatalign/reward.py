@@ -10,7 +10,7 @@ from chatalign.artifact import Artifact
 from chatalign.data import prepare
 from chatalign.data.collate import collate_pairs
 from chatalign.engine import trl_engine
-from chatalign.engine.reward_trainer import RewardTrainer, store_normaliser
+from chatalign.engine.reward_trainer import RewardTrainer, measure_scores
 from chatalign.engine.stage import Work, finish, last_means, native_settings, train
 from chatalign.models.heads import new_reward_model
 from chatalign.models.tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ def run(recipe: RewardRecipe) -> Artifact:
         trainer = RewardTrainer(**native_settings(work), collate=collate_pairs)
     wall_s = train(trainer, opened)
     with phase("score"):
-        normaliser = store_normaliser(trainer, prepared.train) if recipe.reward.normalize else {}
+        measured = measure_scores(trainer, prepared.train)
     return finish(
         run=opened,
         recipe=recipe,
@@ -51,7 +51,7 @@ def run(recipe: RewardRecipe) -> Artifact:
         base_ref=scorer.base_ref,
         kind="reward_adapter" if scorer.is_adapter else "reward_model",
         metrics=last_means(trainer),
-        extra=normaliser,
+        extra=measured,
         wall_s=wall_s,
     )
 

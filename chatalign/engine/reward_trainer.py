@@ -1,4 +1,4 @@
-"""Reward modelling: the objective, and the mean and deviation of scores that are stored with the model."""
+"""Reward modelling: the objective, and what is measured on the finished model's scores and stored with it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from torch import Tensor, nn
 
 from chatalign.data.collate import collate_pairs
 from chatalign.engine.batching import Batch, Bins, make_loader, to_device
-from chatalign.engine.isolation import enable_segments, runs_segments, unwrapped
+from chatalign.engine.isolation import computes_in_half, enable_segments, runs_segments, unwrapped
+from chatalign.engine.pooling import check_pooling
 from chatalign.engine.sealed import SealedTrainer
 from chatalign.engine.trainer import Items, Metrics, StageTrainer
+from chatalign.errors import GuardError, NonFiniteError
+from chatalign.maths.length import LengthBias, length_bias
 from chatalign.maths.reward import ScoreNormaliser, bradley_terry_loss
-from chatalign.models.heads import scores_at
+from chatalign.models.heads import active_head, scores_at
+from chatalign.models.score_guard import PROBE, measure_probe, refuse_low_precision
 from chatalign.recipe import RewardRecipe
 
 # Enough for the mean to be known to a fiftieth of a deviation.
-_NORMALISER_PAIRS = 2048
+_SCORED_PAIRS = 2048
+# Of pairs whose chosen reply is the longer one, and of the others; and the least share of the others.
+_FEWEST_OF_A_KIND = 30
+_LEAST_SHORTER = 0.25
 
 
 class RewardTrainer(StageTrainer):
@@ -30,6 +37,12 @@ class RewardTrainer(StageTrainer):
     """
 
     items: ClassVar[Items] = "pairs"
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        with self.accelerator.autocast():
+            refuse_low_precision(active_head(self.model))
+            check_pooling(self.model, settings["tokenizer"].eos_token_id)
 
     def objective(  # type: ignore[override]
         self, model: nn.Module, batch: Batch, num_items: float | Tensor
@@ -56,20 +69,51 @@ class RewardTrainer(StageTrainer):
         return {**means, "score_std": math.sqrt(max(square - means["score_mean"] ** 2, 0.0))}
 
 
-def store_normaliser(trainer: SealedTrainer, rows: Any) -> dict[str, Any]:
-    """Fit mean and deviation of the finished model's scores on training pairs, at most 2,048 of `rows`.
+def measure_scores(trainer: SealedTrainer, rows: Any) -> dict[str, Any]:
+    """Score both replies of training pairs with the finished model, at most 2,048 of `rows`; the artifact's entries.
 
-    Written into the model's configuration; returns the artifact's entry. Every process calls it.
+    ``length_bias`` is what its rankings owe to length; ``normaliser`` mean and deviation of the scores, and
+    ``score_probe`` its scores of a fixed probe, both written into the model's configuration too. Every process calls
+    it. Raises GuardError for a model that ranks by length, NonFiniteError for scores that are not finite.
     """
+    assert isinstance(trainer.recipe, RewardRecipe)
+    section, config = trainer.recipe.reward, unwrapped(trainer.model).config
+    bins = Bins(rows, [[row] for row in _spread(len(rows), _SCORED_PAIRS)])
+    scores, lengths = torch.cat(list(_all_scores(trainer, bins))).unbind(-1)
+    if not bool(scores.isfinite().all()):
+        raise NonFiniteError("a score of a training pair is not finite; lower `train.learning_rate`, or warm up longer")
+    bias = length_bias(scores, lengths)
+    refuse_length_bias(bias, section.max_length_bias)
+    entries: dict[str, Any] = {"length_bias": bias.state_dict()}
     normaliser = ScoreNormaliser()
-    for scores in _all_scores(trainer, Bins(rows, [[row] for row in _spread(len(rows), _NORMALISER_PAIRS)])):
-        normaliser.update(scores)
-    config = unwrapped(trainer.model).config
-    config.score_mean, config.score_std = normaliser.mean, normaliser.std
-    return {"normaliser": normaliser.state_dict()}
+    normaliser.update(scores)
+    if section.normalize:
+        config.score_mean, config.score_std = normaliser.mean, normaliser.std
+        entries["normaliser"] = normaliser.state_dict()
+    half = computes_in_half(trainer.model)
+    probe = measure_probe(trainer.model_wrapped, trainer.processing_class, half=half, spread=normaliser.std)
+    setattr(config, PROBE, probe.state_dict())
+    return entries | {PROBE: probe.state_dict()}
+
+
+def refuse_length_bias(found: LengthBias, limit: float) -> None:
+    """Raise GuardError where a model ranks by length pairs that don't.
+
+    Said only where there are pairs enough of both kinds: if nearly all chosen replies are the longer ones, longer is
+    what was asked for.
+    """
+    enough = min(found.longer, found.shorter) >= _FEWEST_OF_A_KIND
+    even = found.shorter >= _LEAST_SHORTER * (found.longer + found.shorter)
+    if enough and even and found.bias is not None and found.bias > limit:
+        raise GuardError(
+            f"the reward model ranks by length: it is right on {found.longer_accuracy:.0%} of the training pairs whose "
+            f"chosen reply is the longer one and on {found.shorter_accuracy:.0%} of the others; balance the lengths in "
+            "the pairs, train longer, or allow it with `reward.max_length_bias: 1`"
+        )
 
 
 def _all_scores(trainer: SealedTrainer, bins: Bins) -> Iterator[Tensor]:
+    """Score and length of replies, (2 pairs, 2) at a time, a pair's chosen reply before its rejected one."""
     args, model = trainer.args, trainer.model_wrapped
     assert isinstance(model, nn.Module)
     if not runs_segments(model):  # TRL's engine trains without it
@@ -80,13 +124,16 @@ def _all_scores(trainer: SealedTrainer, bins: Bins) -> Iterator[Tensor]:
     with torch.no_grad():
         for host_batch in loader:
             filler = bool(host_batch.pop("filler"))
+            table = host_batch["segments"]
+            replies = table[table[:, 3] > table[:, 2]]  # those with a prompt before them
             scores = scores_at(model, to_device(host_batch, args.device))
             # NaN marks what is no score, so that all processes gather the same shape.
-            padded = scores.new_full((2 * size,), math.nan)
+            padded = scores.new_full((2 * size, 2), math.nan)
             if not filler:
-                padded[: len(scores)] = scores
+                padded[: len(scores), 0] = scores
+                padded[: len(scores), 1] = (replies[:, 1] - replies[:, 0]).to(scores)
             gathered = trainer.accelerator.gather(padded)
-            yield gathered[~gathered.isnan()].cpu()
+            yield gathered[~gathered[:, 1].isnan()].cpu()
 
 
 def _spread(count: int, wanted: int) -> list[int]:

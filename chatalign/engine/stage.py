@@ -17,6 +17,7 @@ from chatalign.engine import levers
 from chatalign.engine.defaults import learning_rate
 from chatalign.errors import RecipeError
 from chatalign.models.adapters import save_model
+from chatalign.models.heads import refuse_unsaved_score
 from chatalign.models.tokenizer import text_hashes
 from chatalign.phases import phase
 from chatalign.recipe import StageRecipe
@@ -151,6 +152,8 @@ def finish(
         if state_dict is not None:
             state_dict = without_tied_copies(model, state_dict)
         save_model(model, tokenizer, run.model_folder, base_ref=base_ref, state_dict=state_dict)
+        if kind in ("reward_model", "reward_adapter"):
+            refuse_unsaved_score(model, run.model_folder, state_dict)
         hashes = text_hashes(tokenizer, run.model_folder)
         artifact = artifact.model_copy(update={"files": hash_files(run.folder), **hashes})
         artifact.save(run.folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from chatalign.artifact import BaseModelRef
 from chatalign.engine.attention import segment_inputs
-from chatalign.engine.isolation import runs_segments
+from chatalign.engine.isolation import computes_in_half, runs_segments
 from chatalign.errors import ModelError
 from chatalign.models.adapters import (
     DEFAULT,
@@ -28,6 +29,14 @@ from chatalign.models.adapters import (
 )
 from chatalign.models.load import base_ref_of, disable_dropout, fit_tokenizer, load_base
 from chatalign.models.resolve import Resolved, local_folder, resolve
+from chatalign.models.score_guard import (
+    PROBE,
+    measure_probe,
+    refuse_drift,
+    refuse_frozen_head,
+    refuse_low_precision,
+    refuse_unsaved_head,
+)
 from chatalign.recipe import ModelSection, QuantizationSection, RewardRecipe
 
 SCORE = "score"
@@ -82,6 +91,7 @@ def new_reward_model(recipe: RewardRecipe, tokenizer: Any) -> RewardModel:
     elif recipe.lora is not None:
         lora = recipe.lora.model_copy(update={"modules_to_save": _with_score(recipe.lora.modules_to_save)})
         model = new_adapter(model, lora, base_ref, task_type="SEQ_CLS", seed=recipe.train.seed)
+    refuse_frozen_head(active_head(model))
     disable_dropout(model)
     ready_to_train(model, gradient_checkpointing=bool(recipe.train.gradient_checkpointing) and is_adapter)
     return RewardModel(model=model, base_ref=base_ref, is_adapter=is_adapter)
@@ -90,7 +100,11 @@ def new_reward_model(recipe: RewardRecipe, tokenizer: Any) -> RewardModel:
 def load_reward_model(
     section: ModelSection, tokenizer: Any, *, quantization: QuantizationSection | None = None
 ) -> RewardModel:
-    """A finished reward model, frozen and in eval mode; `tokenizer` is its own. ModelError where it has no head."""
+    """A finished reward model, frozen and in eval mode; `tokenizer` is its own.
+
+    Raises ModelError where it has no head, GuardError where its head counts in low precision or its scores' scale
+    isn't that which was stored with it.
+    """
     resolved = resolve(section.name_or_path or "", revision=section.revision)
     if resolved.kind == "adapter":
         raise ModelError(
@@ -100,6 +114,9 @@ def load_reward_model(
     model = _base_with_head(section, resolved, tokenizer, quantization, trainable=False, seed=None)
     if resolved.adapter is not None:
         model = _reward_adapter(model, resolved, base_ref, lora=None)
+    refuse_low_precision(active_head(model))
+    if stored := stored_probe(resolved, model.config):
+        refuse_drift(stored, measure_probe(model, tokenizer, half=computes_in_half(model)), resolved.source)
     return RewardModel(
         model=model.eval().requires_grad_(False), base_ref=base_ref, is_adapter=resolved.adapter is not None
     )
@@ -135,19 +152,39 @@ def _base_with_head(
     return model
 
 
+def stored_probe(resolved: Resolved, config: Any) -> dict[str, Any] | None:
+    """The scale of the probe's scores as of saving: from the run, or from the configuration published with it."""
+    stored = resolved.artifact.extra.get(PROBE) if resolved.artifact is not None else None
+    return stored or getattr(config, PROBE, None)
+
+
 def _saved_score(resolved: Resolved) -> Tensor | None:
     """The head's weights in their saved precision: loading a bfloat16 model would round them."""
     if resolved.adapter is not None:
         return next((t for name, t in read_adapter(resolved.adapter).items() if _is_score(name)), None)
+    return _score_in(local_folder(resolved.base, resolved.revision))
+
+
+def _score_in(folder: Path | None) -> Tensor | None:
     from safetensors import safe_open
 
-    folder = local_folder(resolved.base, resolved.revision)
     for path in sorted(folder.glob("*.safetensors")) if folder else []:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open's handle is no mapping
                 if _is_score(name):
                     return file.get_tensor(name)
     return None
+
+
+def refuse_unsaved_score(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Raise GuardError where a reward model that was just saved to `folder` has not its trained head there.
+
+    `state_dict` is the gathered one where weights are sharded.
+    """
+    gathered = {name: tensor for name, tensor in (state_dict or {}).items() if f".{SCORE}." in f".{name}"}
+    copies = [tensor for name, tensor in gathered.items() if "modules_to_save" in name] or list(gathered.values())
+    trained = copies[0] if copies else next(active_head(model).parameters())
+    refuse_unsaved_head(trained, _score_in(folder), folder)
 
 
 def _is_score(name: str) -> bool:

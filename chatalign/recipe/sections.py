@@ -259,10 +259,11 @@ class DpoSection(Section):
 
 
 class RewardSection(Section):
-    """``trl.RewardConfig``'s field, and the normalisation that is stored with the model."""
+    """``trl.RewardConfig``'s field, the normalisation stored with the model, and how much it may go by length."""
 
     center_rewards_coefficient: NonNegative | None = None
     normalize: bool = True  # mean and std of training scores saved with the model (N+ details, 2403.17031)
+    max_length_bias: Fraction = 0.9  # accuracy where the chosen reply is the longer, less that where it is the shorter
 
 
 class RewardFunction(Section):

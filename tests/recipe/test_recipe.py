@@ -218,6 +218,6 @@ def test_dpo_and_kto_keys_are_trls_own() -> None:
     from chatalign.recipe import DpoSection, KtoSection, RewardSection
 
     assert "activation_offloading" in {field.name for field in dataclasses.fields(DPOConfig)}
-    ours = {"sft_weight", "normalize"}  # documented in the sections
+    ours = {"sft_weight", "normalize", "max_length_bias"}  # documented in the sections
     for section, config in [(DpoSection, DPOConfig), (KtoSection, KTOConfig), (RewardSection, RewardConfig)]:
         assert set(section.model_fields) - ours <= {field.name for field in dataclasses.fields(config)}
