@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -21,6 +20,7 @@ from chatalign.data.cleaning import Cleaner, LeftOut, check_clean, libraries
 from chatalign.data.encode import ORIGIN, Outcome, RowEncoder, table_schema
 from chatalign.data.files import Chunk
 from chatalign.data.formats import format_of
+from chatalign.data.leaks import PromptsWritten
 from chatalign.data.mixing import Side, mixture, side_of
 from chatalign.data.profiles import profile_task
 from chatalign.data.rows import BadRow, Kind
@@ -156,6 +156,7 @@ class _Pass:
     def __init__(self, section: DataSection, kind: Kind, workers: Workers, folder: Path) -> None:
         self.section, self.kind, self.workers, self.folder = section, kind, workers, folder
         self.asked: set[str] = set()  # hashes of the prompts of eval_datasets
+        self.written = PromptsWritten()
 
     def run(self, train: list[_Source], held_out: list[_Source]) -> None:
         """Write ``train.arrow``, ``eval.arrow`` (where there are such rows) and ``record.json``."""
@@ -178,13 +179,13 @@ class _Pass:
             raise DataError(f"{_paths(section.datasets)}: no row is left to train on; see the counts: {_counts(train)}")
         if not files[1].rows and (section.eval_datasets or section.eval_fraction):
             raise DataError(f"{_paths(section.eval_datasets or section.datasets)}: no row is left to evaluate on")
+        self.written.refuse_both_sides(_paths(section.datasets))
         used = [loaded.account().model_dump() for loaded in [*train, *held_out]]
         write_json(self.folder / "record.json", {"train_rows": [loaded.train_rows for loaded in train], "used": used})
 
     def _clean(self, clean: CleanSection, train: list[_Source], held_out: list[_Source]) -> None:
         """Look at all rows once, and tell each source which of its rows are left out."""
-        with TemporaryDirectory(dir=self.folder) as scratch:
-            cleaner = Cleaner(clean, rows=sum(len(loaded.raw) for loaded in train), scratch=Path(scratch))
+        with Cleaner(clean, rows=sum(len(loaded.raw) for loaded in train), folder=self.folder) as cleaner:
             for loaded in held_out:
                 tasks = self._tasks(loaded, hashed=True, look=True)
                 for profiles in self.workers.run(partial(profile_task, held_out=True), tasks):
@@ -210,6 +211,7 @@ class _Pass:
             sides = [Side.EVAL if held_out else self._side(digest) for digest in made.hashes]
             for place, side, outcome in zip(made.places, sides, made.outcomes, strict=True):
                 self._count(loaded, place, side, outcome)
+            self.written.add(made.hashes, sides, [isinstance(outcome, int) for outcome in made.outcomes])
             side_of_row = np.repeat(sides, [outcome if isinstance(outcome, int) else 0 for outcome in made.outcomes])
             for file_side, file in zip((Side.TRAIN, Side.EVAL), files, strict=True):
                 chosen = side_of_row == file_side

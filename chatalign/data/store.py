@@ -74,7 +74,7 @@ def stored(key: TokensKey, write: Callable[[Path], None]) -> Path:
     else:
         folder = _kept(key, write)
         _refuse_stale(folder, key)
-    _refuse_other_ranks(_read_seal(folder)["files"])
+    _refuse_other_ranks(_read_seal(folder)[1])
     return folder
 
 
@@ -107,26 +107,28 @@ def _seal(folder: Path, key: TokensKey) -> None:
     write_json(folder / SEAL, {"made_from": key.parts, "files": files})
 
 
-def _read_seal(folder: Path) -> dict[str, dict[str, str]]:
+def _read_seal(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """What the tokens in a folder were made from, and the sha256 of each file."""
     try:
-        return dict(json.loads((folder / SEAL).read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise GuardError(f"{folder / SEAL}: can't be read ({error}); delete {folder} and start again") from None
+        seal = json.loads((folder / SEAL).read_text("utf-8"))
+        return seal["made_from"], seal["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GuardError(f"{folder / SEAL}: can't be read ({error!r}); delete {folder} and start again") from None
 
 
 def _refuse_stale(folder: Path, key: TokensKey) -> None:
     """Raise GuardError unless the kept tokens are those that were written, from what this run has.
 
-    Apart from the key: a part that the key left out, or a folder that was renamed, would give stale tokens.
+    Apart from the folder's name: a part that the name left out, or a folder that was renamed, would give stale tokens.
     """
-    seal = _read_seal(folder)
+    made_from, files = _read_seal(folder)
     for name, digest in key.parts.items():
-        if seal["made_from"].get(name) != digest:
+        if made_from.get(name) != digest:
             raise GuardError(
                 f"{folder}: the tokens kept here were made with another {name} than this run's; "
                 f"delete the folder and start again"
             )
-    if problems := verify_files(folder, seal["files"]):
+    if problems := verify_files(folder, files):
         raise GuardError(f"{problems[0]}; delete {folder} and start again")
 
 

@@ -74,9 +74,10 @@ def verify_roles(finder: SpanFinder, messages: Messages, turns: tuple[int, ...],
     for turn, (start, end) in zip(turns, rendered.spans, strict=True):
         for i, message in enumerate(made):
             if i != turn and message["content"].strip() and message["content"] in rendered.text[start:end]:
+                served = rendered.text[max(start - 40, 0) : start]
                 raise TemplateError(
                     f"the chat template puts the {message['role']} turn among the targets of a reply, since it serves "
-                    f"{rendered.text[max(start - 40, 0) : start]!r} before it; let its generation prompt hold every turn before the reply"
+                    f"{served!r} before it; let its generation prompt hold every turn before the reply"
                 )
 
 
