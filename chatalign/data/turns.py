@@ -80,7 +80,7 @@ def _read_turn(turn: Any, field: str) -> Message:
         message: Message = {"role": "assistant", "content": "", "tool_calls": _read_calls(content, where)}
     else:
         message = {"role": role, "content": content}
-    if len(turn) > 2:
+    if len(turn) > 2 or content_key not in turn:
         _read_more(turn, message, field)
     if not content.strip() and "tool_calls" not in message:
         raise BadRow(where, "is empty", "write the text, or take the turn out")

@@ -86,6 +86,13 @@ def test_calls_with_arguments_as_text_or_object(calls: Any) -> None:
     assert made.messages[1] == {"role": "assistant", "content": "", "tool_calls": [WANTED_CALL]}
 
 
+def test_a_turn_of_calls_needs_no_content() -> None:
+    turn = {"role": "assistant", "tool_calls": [openai_call("add", ARGUMENTS)]}
+    result = {"role": "tool", "content": "3"}
+    made = norm({"messages": [*m("1 + 2?"), turn, result, *m("it is 3", first="assistant")]})
+    assert made.messages[1] == {"role": "assistant", "content": "", "tool_calls": [WANTED_CALL]}
+
+
 def test_calls_without_arguments() -> None:
     made = norm(with_calls([{"name": "now"}, openai_call("now", ""), openai_call("now", None)], {"content": "3"}))
     assert [call["function"] for call in made.messages[1]["tool_calls"]] == [{"name": "now", "arguments": {}}] * 3
