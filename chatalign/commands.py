@@ -89,6 +89,12 @@ def run(
     accelerate_config: Annotated[
         str | None, typer.Option(help="Start each stage through accelerate with this configuration file.")
     ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Stages at once, each on a GPU of its own; as many as there are GPUs.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A,B", help="Run for each value, as in dpo.beta=0.05,0.1.")
+    ] = None,
     traceback: Trace = False,
 ) -> None:
     """A chain of stages; what is fresh is skipped, what was killed goes on."""
@@ -97,7 +103,13 @@ def run(
         from chatalign.pipeline import run_pipeline
         from chatalign.recipe import parse_overrides
 
-        run_pipeline(recipe, parse_overrides(overrides or []), force=force, accelerate_config=accelerate_config)
+        changes = parse_overrides(overrides or [])
+        if sweep:
+            from chatalign.sweep import parse_sweeps, run_sweep
+
+            run_sweep(recipe, changes, parse_sweeps(sweep), force=force, accelerate_config=accelerate_config, jobs=jobs)
+        else:
+            run_pipeline(recipe, changes, force=force, accelerate_config=accelerate_config, jobs=jobs)
 
     _end(work, traceback)
 
@@ -164,18 +176,43 @@ def chat(
 @app.command()
 def report(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A stage's or a pipeline's run folder.")],
+    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="Another one, to compare it with.")] = None,
+    output: Annotated[str | None, typer.Option(help="Where a comparison goes; RUN-vs-OTHER beside RUN.")] = None,
     traceback: Trace = False,
 ) -> None:
-    """Write report.md, plots and (for a pipeline) report.html again from what the run left."""
+    """Write a run's report again and draw what it came from, or compare two runs."""
 
     def work() -> None:
         from pathlib import Path
 
-        from chatalign.pipeline import write_report
+        from chatalign.summary import compare_runs, write_report
 
-        write_report(Path(run_folder))
+        if other is None:
+            write_report(Path(run_folder))
+        else:
+            compare_runs(Path(run_folder), Path(other), output)
 
     _end(work, traceback)
+
+
+@app.command()
+def verify(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A stage's or a pipeline's run folder.")],
+    traceback: Trace = False,
+) -> None:
+    """Hash everything that a run recorded again; exit status 1 where something no longer matches."""
+    from chatalign.launch import guarded
+
+    altered: list[str] = []
+
+    def work() -> None:
+        from chatalign.verify import verify_run
+
+        for verdict in verify_run(run_folder):
+            print(f"ok    {verdict.what}" if verdict.problem is None else f"FAIL  {verdict.problem}")
+            altered.extend(filter(None, [verdict.problem]))
+
+    raise typer.Exit(guarded(work, show_traceback=traceback) or int(bool(altered)))
 
 
 @app.command()

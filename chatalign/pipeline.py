@@ -5,23 +5,25 @@ Light until a stage has to run: a finished pipeline is answered from its artifac
 
 from __future__ import annotations
 
-import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from chatalign.artifact import ARTIFACT_FILE, Artifact, load_artifact, versions, write_json
+from chatalign.artifact import ARTIFACT_FILE, Artifact
 from chatalign.errors import ChatalignError, Interrupted
 from chatalign.launch import around, hand_out, quiet_libraries, refuse_problems, say
-from chatalign.phases import account, open_account, overhead, phase
+from chatalign.phases import account, open_account, phase
 from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
 from chatalign.runs import finished, locked, open_run, recipe_fingerprint, status
+from chatalign.side_by_side import Progress, side_by_side
+from chatalign.summary import report_pipeline, summarise
 from chatalign.warm import as_if_alone, import_once
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ STAGE_MODULES = {
     "kto": "chatalign.kto",
     "eval": "chatalign.evaluate",
 }
-SUMMARY_FILE = "summary.json"
 
 
 def run_stage(recipe: Recipe) -> Artifact:
@@ -74,31 +75,81 @@ def run_pipeline(
     *,
     force: bool = False,
     accelerate_config: str | Path | None = None,
+    jobs: int | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Run a pipeline recipe and return its summary (what ``summary.json`` holds).
 
     `force` runs every stage again. `accelerate_config` starts each training stage through
-    ``accelerate launch --config_file``; without it all stages share this process.
+    ``accelerate launch --config_file``; without it all stages share this process. With `jobs` above 1 stages that
+    don't need one another run side by side, each in a process and on a GPU of its own; None is as many as there are
+    GPUs. `only` leaves all other stages out. A stage that fails leaves those that don't need it running; its error is
+    raised at the end.
     """
     pipeline = load_pipeline(path, overrides)
     stages = resolve_stages(pipeline, path)
+    if only is not None:
+        stages = {name: recipe for name, recipe in stages.items() if name in only}
     folder = Path(pipeline.output_dir)
     started = time.perf_counter()
     open_account()
     with locked(folder):
         with phase("check"):
             _refuse_what_cannot_run(stages)
-        statuses: dict[str, str] = {}
-        seconds: dict[str, dict[str, float]] = {}
-        for number, (name, recipe) in enumerate(stages.items(), start=1):
-            statuses[name] = _run_one(recipe, f"[{number}/{len(stages)}] {name}", force, accelerate_config)
-            if statuses[name] != "skipped":
-                seconds[name] = account()
-                say(f"    {around(seconds[name])}")
-                open_account()
-        summary = summarise(pipeline, stages, statuses, seconds, wall_s=time.perf_counter() - started)
-        _report(folder, summary, changed=any(state != "skipped" for state in statuses.values()))
+        progress = Progress(stages, {name: inputs_of(pipeline, name) for name in stages})
+        jobs = _gpus() if jobs is None else jobs
+        if jobs > 1 and accelerate_config is None:
+            side_by_side(progress, STAGE_MODULES, jobs=jobs, force=force)
+        else:
+            _one_by_one(progress, force, accelerate_config)
+        statuses, wall_s = progress.statuses, time.perf_counter() - started
+        summary = summarise(pipeline, stages, statuses, progress.seconds, wall_s=wall_s)
+        report_pipeline(folder, summary, changed=any(state != "skipped" for state in statuses.values()))
+    progress.raise_failure()
     return summary
+
+
+def inputs_of(pipeline: PipelineRecipe, name: str) -> set[str]:
+    """The stages that a stage takes something from."""
+    entry = pipeline.stages[name]
+    return {entry.model, entry.reward_model, entry.value_model, *entry.models} & pipeline.stages.keys()
+
+
+def _gpus() -> int:
+    """How many GPUs stages could have to themselves, at least 1; asks the driver, not torch."""
+    from shutil import which
+
+    if which("nvidia-smi") is None:
+        return 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([device for device in visible.split(",") if device.strip()]))
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    return max(1, len(listed.stdout.splitlines()))
+
+
+def _one_by_one(progress: Progress, force: bool, accelerate_config: str | Path | None) -> None:
+    """Bring every stage up to date in turn; those that need a failed one are left out."""
+    for number, (name, recipe) in enumerate(progress.stages.items(), start=1):
+        title = f"[{number}/{len(progress.stages)}] {name}"
+        if progress.blocked(name):
+            missing = ", ".join(sorted(progress.needs[name] & progress.failures.keys()))
+            say(f"{title}: left out, since it needs {missing}")
+            continue
+        try:
+            status = _run_one(recipe, title, force, accelerate_config)
+        except Interrupted:
+            raise
+        except ChatalignError as error:
+            progress.failed(name, error)
+            say(f"{title}: failed: {error}")
+            open_account()
+            continue
+        progress.statuses[name] = status
+        if status != "skipped":
+            progress.seconds[name] = account()
+            say(f"    {around(progress.seconds[name])}")
+            open_account()
 
 
 def _refuse_what_cannot_run(stages: Mapping[str, Recipe]) -> None:
@@ -176,79 +227,3 @@ def _wait(command: list[str]) -> tuple[int, bool]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def summarise(
-    pipeline: PipelineRecipe,
-    stages: Mapping[str, Recipe],
-    statuses: Mapping[str, str],
-    seconds: Mapping[str, Mapping[str, float]],
-    *,
-    wall_s: float,
-) -> dict[str, Any]:
-    """The machine's view of a pipeline run, from the artifacts of its stages; `seconds` are a stage's by phase.
-
-    ``overhead_s`` is what a stage took beside its loops of training and scoring, in the run that made it.
-    """
-    rows, evaluation = [], {}
-    before = {row["name"]: row.get("seconds", {}) for row in _summary_before(pipeline).get("stages", [])}
-    for name, recipe in stages.items():
-        artifact = load_artifact(recipe.output_dir)
-        spent = seconds.get(name) or before.get(name, {})
-        rows.append(
-            {
-                "name": name,
-                "stage": recipe.stage,
-                "status": statuses[name],
-                "wall_s": round(artifact.wall_s, 2),
-                "overhead_s": round(overhead(spent), 2),
-                "seconds": dict(spent),
-                "tokens_per_s": round(artifact.tokens_per_s, 1),
-                "metrics": artifact.metrics,
-                "run_id": artifact.run_id,
-                "fingerprint": artifact.fingerprint,
-            }
-        )
-        if recipe.stage == "eval":
-            evaluation = json.loads((Path(recipe.output_dir) / "eval.json").read_text("utf-8"))
-    return {
-        "pipeline": pipeline.pipeline,
-        "stages": rows,
-        "eval": evaluation.get("models", {}),
-        "reward_model": evaluation.get("reward_model", {}),
-        "samples": evaluation.get("samples", []),
-        "wall_s": round(wall_s, 2),
-        "versions": versions(),
-    }
-
-
-def _summary_before(pipeline: PipelineRecipe) -> dict[str, Any]:
-    path = Path(pipeline.output_dir) / SUMMARY_FILE
-    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
-
-
-def _report(folder: Path, summary: dict[str, Any], *, changed: bool) -> None:
-    """Write summary and report where a stage ran; print the tables in any case."""
-    from rich.console import Console
-
-    from chatalign.report import print_pipeline_summary, write_pipeline_report
-
-    path = folder / SUMMARY_FILE
-    if not changed and path.is_file():  # the wall time of the run that made it is the one worth keeping
-        summary["wall_s"] = json.loads(path.read_text("utf-8"))["wall_s"]
-    write_json(path, summary)
-    if changed or not (folder / "report.md").is_file():
-        write_pipeline_report(folder, summary)
-    print_pipeline_summary(summary, Console())
-
-
-def write_report(folder: Path) -> None:
-    """Write the report of a stage's or a pipeline's run folder again."""
-    from chatalign.report import write_pipeline_report, write_run_report
-
-    if (folder / SUMMARY_FILE).is_file():
-        write_pipeline_report(folder, json.loads((folder / SUMMARY_FILE).read_text("utf-8")))
-    else:
-        load_artifact(folder)
-        write_run_report(folder)
-    say(f"{folder / 'report.md'}")

@@ -29,7 +29,19 @@ LAYERS = [
         "verify",
         "preview",
     },
-    {"launch", "check", "preflight", "pipeline", "warm", "commands", "cli", "__main__"},
+    {
+        "launch",
+        "check",
+        "preflight",
+        "pipeline",
+        "side_by_side",
+        "summary",
+        "sweep",
+        "warm",
+        "commands",
+        "cli",
+        "__main__",
+    },
 ]
 STAGES = {"sft", "reward", "dpo", "ppo", "pretrain", "kto", "evaluate"}
 LIGHT = (
@@ -45,7 +57,7 @@ LIGHT = (
     "commands",
     "data.checks",
 )
-LIGHT += ("warm", "phases")
+LIGHT += ("warm", "phases", "side_by_side", "summary", "sweep", "verify")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 

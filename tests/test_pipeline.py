@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,13 +13,14 @@ import pytest
 import yaml
 
 import chatalign.pipeline as pipeline_module
-from chatalign.artifact import Artifact, hash_files, write_json
+from chatalign.artifact import Artifact, hash_files, load_artifact, write_json
 from chatalign.data import checks
 from chatalign.errors import ChatalignError, DataError, Interrupted, RecipeError
 from chatalign.phases import phase
 from chatalign.pipeline import resolve_stages, run_pipeline
 from chatalign.recipe import DataSection, Recipe, load_pipeline
 from chatalign.runs import locked, open_run
+from chatalign.sweep import parse_sweeps, run_sweep
 
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 PAIR = {"prompt": "hi", "chosen": "hello", "rejected": "go away"}
@@ -46,7 +48,7 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     path = tmp_path / "chain.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
-    monkeypatch.setattr(pipeline_module, "_report", lambda folder, summary, *, changed: None)
+    monkeypatch.setattr(pipeline_module, "report_pipeline", lambda folder, summary, *, changed: None)
     monkeypatch.setattr(pipeline_module, "hand_out", lambda recipe: None)
     monkeypatch.setattr(pipeline_module, "import_once", lambda name: None)
     monkeypatch.setattr(pipeline_module, "as_if_alone", nullcontext)
@@ -171,15 +173,17 @@ def test_a_stages_override_holds_beside_one_of_the_pipeline(chain: Path) -> None
 def test_a_stage_whose_folder_is_held_by_another_run_is_refused(chain: Path, ran: list[str]) -> None:
     with locked(chain.parent / "runs" / "reward"), pytest.raises(RecipeError, match="another chatalign run"):
         run_pipeline(chain)
-    assert ran == ["sft"]
-    assert statuses(run_pipeline(chain)) == ["skipped", "ran", "ran"]
+    assert ran == ["sft", "dpo"]
+    assert statuses(run_pipeline(chain)) == ["skipped", "ran", "skipped"]
 
 
 def test_the_summary_keeps_the_seconds_of_the_run_that_made_a_stage(
     chain: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        pipeline_module, "_report", lambda folder, summary, *, changed: write_json(folder / "summary.json", summary)
+        pipeline_module,
+        "report_pipeline",
+        lambda folder, summary, *, changed: write_json(folder / "summary.json", summary),
     )
     whole = pipeline_module.run_stage
 
@@ -203,3 +207,144 @@ def test_the_summary_keeps_the_seconds_of_the_run_that_made_a_stage(
 def test_a_failing_launch_names_the_command(chain: Path, ran: list[str]) -> None:
     with pytest.raises(ChatalignError, match="ended with status"):
         run_pipeline(chain, accelerate_config=chain.parent / "no_such_config.yaml")
+
+
+def test_a_stage_that_fails_leaves_those_that_do_not_need_it_running(
+    chain: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = yaml.safe_load(chain.read_text())
+    raw["stages"]["ppo"] = {"recipe": "ppo.yaml", "model": "sft", "reward_model": "reward"}
+    raw["stages"]["again"] = {"recipe": "dpo.yaml", "model": "dpo"}
+    chain.write_text(yaml.safe_dump(raw, sort_keys=False))
+    prompts = {"datasets": [{"path": str(chain.parent / "pairs.jsonl")}]}
+    (chain.parent / "ppo.yaml").write_text(yaml.safe_dump({"stage": "ppo", "output_dir": "unused", "data": prompts}))
+    whole = pipeline_module.run_stage
+
+    def fails(recipe: Recipe) -> Artifact:
+        if recipe.stage == "reward":
+            raise DataError("no row is left")
+        return whole(recipe)
+
+    monkeypatch.setattr(pipeline_module, "run_stage", fails)
+    written: list[dict[str, Any]] = []
+    monkeypatch.setattr(pipeline_module, "report_pipeline", lambda folder, summary, *, changed: written.append(summary))
+    with pytest.raises(DataError, match=r"^stage reward: no row is left; left out: ppo$"):
+        run_pipeline(chain)
+    assert ran == ["sft", "dpo", "dpo"]
+    assert statuses(written[0]) == ["ran", "failed", "ran", "blocked", "ran"]
+    monkeypatch.setattr(pipeline_module, "run_stage", whole)
+    assert statuses(run_pipeline(chain)) == ["skipped", "ran", "skipped", "ran", "skipped"]
+
+
+def test_a_sweep_runs_what_all_share_once(chain: Path, ran: list[str]) -> None:
+    swept = parse_sweeps(["dpo.beta=0.05, 0.1", "dpo.train.seed=1,2"])
+    assert swept == {"dpo.beta": [0.05, 0.1], "dpo.train.seed": [1, 2]}
+    summaries = run_sweep(chain, {"reward.train.seed": 3}, swept)
+    assert ran == ["sft", "reward", *["dpo"] * 4]
+    assert [statuses(summary) for summary in summaries] == [["skipped", "skipped", "ran"]] * 4
+    home = chain.parent / "runs"
+    names = sorted(path.name for path in (home / "sweep").iterdir() if path.is_dir())
+    assert names == [f"dpo.dpo.beta={beta},dpo.train.seed={seed}" for beta in (0.05, 0.1) for seed in (1, 2)]
+    recipes = [load_artifact(home / "sweep" / name / "dpo").recipe for name in names]
+    assert len({load_artifact(home / "sweep" / name / "dpo").fingerprint for name in names}) == len(recipes) == 4
+    assert (home / "sweep" / names[0] / "sft").resolve() == (home / "sft").resolve()
+    assert (home / "sweep" / "sweep.md").read_text().count("| dpo |") == 4
+    ran.clear()
+    assert [statuses(summary) for summary in run_sweep(chain, {"reward.train.seed": 3}, swept)] == [["skipped"] * 3] * 4
+    assert statuses(run_sweep(chain, {}, {"sft.train.seed": [9]})[0]) == ["ran"] * 3  # nothing is shared
+    assert ran == ["sft", "reward", "dpo"]
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("dpo.beta", "write it like dpo.beta=0.05,0.1,0.2"),
+        ("dpo.beta=", "write it like"),
+        ("dpo.beta=[", "write it like"),
+        ("beta=1,2", r"begin with a stage's name \(sft, reward, dpo\)"),
+        ("dpo.bata=1,2", "is not a recipe key"),
+        ("dpo.beta=0.1,-1", "greater than 0"),
+        ("dpo.beta=0.1,0.1", "two values are the same"),
+    ],
+)
+def test_a_sweep_that_cannot_run_is_refused_before_it_begins(
+    item: str, words: str, chain: Path, ran: list[str]
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        run_sweep(chain, {}, parse_sweeps([item]))
+    assert ran == []
+
+
+STAND_IN = """
+import os, sys, time, yaml
+from pathlib import Path
+from chatalign.artifact import Artifact
+from chatalign.recipe import load_recipe
+from chatalign.runs import open_run
+recipe = load_recipe(sys.argv[1])
+run = open_run(recipe)
+place = Path(recipe.output_dir)
+(place / "began").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+waits = os.environ.get("WAITS", "")
+other = {"reward": "dpo", "dpo": "reward"}.get(recipe.stage)
+deadline = time.monotonic() + 60
+while waits == "for each other" and other and not (place.parent / other / "began").exists():
+    if time.monotonic() > deadline:
+        sys.exit("chatalign: the other never began")
+    time.sleep(0.01)
+if recipe.stage == os.environ.get("FAILS"):
+    sys.exit("chatalign: out of memory")
+artifact = Artifact(
+    stage=recipe.stage, kind="model", run_id=run.run_id, fingerprint=run.fingerprint, parents=run.parents
+)
+artifact.save(run.folder)
+"""
+
+
+@pytest.fixture
+def processes(chain: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The chain, its stages processes that write an artifact."""
+    (chain.parent / "stand_in.py").write_text(STAND_IN)
+    paths = [str(chain.parent), *filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).resolve().parents[1])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setattr(pipeline_module, "STAGE_MODULES", dict.fromkeys(pipeline_module.STAGE_MODULES, "stand_in"))
+    return chain
+
+
+def test_stages_that_do_not_need_one_another_run_side_by_side(processes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAITS", "for each other")  # reward and dpo end only where both have begun
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert statuses(run_pipeline(processes, jobs=2)) == ["ran"] * 3
+    runs = processes.parent / "runs"
+    assert {(runs / name / "began").read_text() for name in ("reward", "dpo")} == {"4", "7"}
+    assert statuses(run_pipeline(processes, jobs=2)) == ["skipped"] * 3
+
+
+def test_side_by_side_a_failure_leaves_the_others_running(processes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAILS", "reward")
+    with pytest.raises(ChatalignError, match=r"^stage reward: out of memory \(all of it in .*runs/reward/log.txt\)$"):
+        run_pipeline(processes, jobs=2)
+    assert (processes.parent / "runs" / "dpo" / "artifact.json").exists()
+    monkeypatch.delenv("FAILS")
+    assert statuses(run_pipeline(processes, jobs=2)) == ["skipped", "resumed", "skipped"]
+
+
+def test_side_by_side_a_signal_reaches_every_stage(processes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (processes.parent / "stand_in.py").write_text(
+        STAND_IN.replace("import os, sys", "import os, signal, sys")
+        .replace(
+            "if recipe.stage == os.environ.get",
+            "if recipe.stage == 'dpo':\n"
+            "    os.kill(os.getppid(), signal.SIGTERM)\n"
+            "if recipe.stage in ('dpo', 'reward'):\n"
+            "    signal.sigtimedwait([signal.SIGTERM], 60) or sys.exit('chatalign: no signal came')\n"
+            "    (place / 'saved').touch()\n"
+            "    sys.exit(130)\n"
+            "if recipe.stage == os.environ.get",
+        )
+        .replace("recipe = load", "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\nrecipe = load")
+    )
+    monkeypatch.setenv("WAITS", "for each other")
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        run_pipeline(processes, jobs=2)
+    assert all((processes.parent / "runs" / name / "saved").exists() for name in ("reward", "dpo"))

@@ -107,6 +107,28 @@ def stage_curves(stages: Mapping[str, Lines], keys: Sequence[str], label: str) -
     return figure
 
 
+def compared_curves(runs: Mapping[str, Lines]) -> dict[str, Figure]:
+    """Name → figure of every panel that two runs both fill, the second's lines dotted in the same colours."""
+    figures: dict[str, Figure] = {}
+    for panel in PANELS:
+        both = {name: curves_of(lines, panel.keys) for name, lines in runs.items()}
+        shared = [key for key in next(iter(both.values())) if all(key in curves for curves in both.values())]
+        if not shared:
+            continue
+        with _look():
+            figure, (axes,) = _figure(1, height=_HEIGHT, width=6.4, fixed_margins=True)
+            for style, (name, curves) in zip(("-", ":"), both.items(), strict=True):
+                for key, colour in zip(shared, _COLOURS, strict=False):
+                    label = name if len(shared) == 1 else f"{key} · {name}"
+                    axes.plot(*curves[key], style, linewidth=1.6, color=colour, label=label)
+            axes.set_title(panel.name.replace("_", " "), y=1.0)
+            axes.set_xlabel("step")
+            axes.set_ylabel(panel.label)
+            axes.legend(frameon=False, fontsize=8)
+        figures[panel.name] = figure
+    return figures
+
+
 def win_rates(models: Mapping[str, Mapping[str, Any]], baseline: str) -> Figure | None:
     """A dot with its confidence interval for each model that has a win rate; None where none has."""
     colours = _model_colours(models)
