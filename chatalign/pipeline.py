@@ -112,7 +112,8 @@ def run_pipeline(
 def inputs_of(pipeline: PipelineRecipe, name: str) -> set[str]:
     """The stages that a stage takes something from."""
     entry = pipeline.stages[name]
-    return {entry.model, entry.reward_model, entry.value_model, *entry.models} & pipeline.stages.keys()
+    named = (entry.model, entry.reward_model, entry.value_model, *entry.models)
+    return {source for source in named if source in pipeline.stages}
 
 
 def _gpus() -> int:

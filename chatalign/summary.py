@@ -27,7 +27,8 @@ def summarise(
 
     ``overhead_s`` is what a stage took beside its loops of training and scoring, in the run that made it.
     """
-    rows, evaluation = [], {}
+    rows: list[dict[str, Any]] = []
+    evaluation: dict[str, Any] = {}
     before = {row["name"]: row.get("seconds", {}) for row in _summary_before(pipeline).get("stages", [])}
     for name, recipe in stages.items():
         if statuses[name] in ("failed", "blocked"):
