@@ -65,16 +65,31 @@ def text_hashes(tokenizer: Any, folder: str | Path) -> dict[str, str | None]:
     be another than the one that was trained with.
     """
     file = Path(folder) / "tokenizer.json"
-    template = tokenizer.chat_template
-    if _from_pretrained(str(folder), "main").chat_template != template:
+    template_sha256 = _template_sha256(tokenizer)
+    if _template_sha256(_from_pretrained(str(folder), "main")) != template_sha256:
         raise TemplateError(
             f"{folder}: the chat template saved here is not the one that was trained with; "
             f"see that nothing else writes into this folder, and run the stage again"
         )
     return {
         "tokenizer_sha256": sha256_file(file) if file.is_file() else None,
-        "chat_template_sha256": fingerprint(template) if template else None,
+        "chat_template_sha256": template_sha256,
     }
+
+
+def _template_sha256(tokenizer: Any) -> str | None:
+    """The hash of the chat template, or of several named ones; None without any."""
+    template = tokenizer.chat_template
+    if not template:
+        return None
+    if isinstance(template, dict):
+        return fingerprint({name: _one_line_end(text) for name, text in template.items()})
+    return fingerprint(_one_line_end(template))
+
+
+def _one_line_end(text: str) -> str:
+    # Jinja reads all line ends as one, and saving a template writes them as one.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _source(section: ModelSection) -> tuple[str, str, Artifact | None]:
@@ -91,7 +106,7 @@ def _source(section: ModelSection) -> tuple[str, str, Artifact | None]:
 def _refuse_another_text(tokenizer: Any, source: str, artifact: Artifact) -> None:
     """Raise where a run's tokenizer or template is not what its artifact records: it would be served another text."""
     file = Path(source) / "tokenizer.json"
-    if artifact.chat_template_sha256 not in (None, fingerprint(tokenizer.chat_template)):
+    if artifact.chat_template_sha256 not in (None, _template_sha256(tokenizer)):
         raise TemplateError(
             f"{source}: its chat template is not the one that run {artifact.run_id} was trained with "
             f"({ARTIFACT_FILE} records sha256 {artifact.chat_template_sha256[:12]}…); restore it, "

@@ -322,3 +322,19 @@ def test_13_a_template_that_is_not_saved(tmp_path: Path, monkeypatch: pytest.Mon
     save_model(model, tokenizer, tmp_path)
     with pytest.raises(TemplateError, match="is not the one that was trained with"):
         text_hashes(tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML_PLAIN + "\n",
+        CHATML_PLAIN.replace("{% if", "\r\n{% if"),
+        {"default": CHATML_PLAIN, "tool_use": families.TOOLS},
+    ],
+    ids=["line break", "CRLF", "named"],
+)
+def test_13_a_template_that_is_saved_as_it_was(template: Any, tmp_path: Path) -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    assert text_hashes(tokenizer, tmp_path)["chat_template_sha256"]
