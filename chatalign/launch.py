@@ -58,6 +58,7 @@ def execute(stage: str, run: RunFunction, path: str, overrides: Sequence[str], *
         recipe = load_recipe(path, parse_overrides(overrides), stage=stage)
         from chatalign.runs import finished, locked  # not needed to refuse a recipe
 
+        refuse_launch(recipe)
         quiet_libraries()
         if not force and (done := finished(recipe)) is not None:
             say(f"{recipe.output_dir}: already finished (run {done.run_id}); --force runs it again")
@@ -113,6 +114,16 @@ def refuse_problems(
 
     if is_main_process():
         refuse_first(recipe, made_later=made_later, looked_at=looked_at)
+
+
+def refuse_launch(recipe: Recipe) -> None:
+    """Raise GuardError where the launcher of this process does otherwise than it was told, or than the recipe says."""
+    from chatalign.check.launch import gpus_here, launch_of_environment, launch_problems
+
+    if recipe.stage == "eval":
+        return
+    for problem in launch_problems(recipe, launch_of_environment(), gpus=gpus_here()):
+        raise problem
 
 
 def guarded(work: Callable[[], None], *, show_traceback: bool = False) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chatalign.check.findings import Finding
-from chatalign.errors import ChatalignError, RecipeError
+from chatalign.errors import ChatalignError, GuardError, RecipeError
 from chatalign.recipe import Recipe
 
 _MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -122,14 +122,14 @@ def launch_problems(recipe: Recipe, launch: Launch, *, gpus: int | None) -> Iter
     where, train = launch.where, recipe.train  # type: ignore[union-attr]
     if not launch.connected:
         asked = f"{launch.processes} processes" if launch.processes > 1 else "several processes"
-        yield RecipeError(
+        yield GuardError(
             f"{where}: asks for {asked} on the CPU, and accelerate starts one alone, unconnected; launch with "
             f"`torchrun --nproc_per_node N -m chatalign.{recipe.stage} RECIPE`, or ask for one process "
             f"(num_processes: 1, MASTER_ADDR unset)"
         )
         return
     if launch.on_gpus and gpus is not None and launch.per_machine > gpus and not train.use_cpu:
-        yield RecipeError(
+        yield GuardError(
             f"{where}: asks for {launch.per_machine} processes on this machine, which has {gpus} GPUs; "
             f"set num_processes to that"
         )
@@ -140,12 +140,12 @@ def launch_problems(recipe: Recipe, launch: Launch, *, gpus: int | None) -> Iter
     ):
         key = "max_grad_norm" if name == "gradient_clipping" else name
         if given is not None and given != own:
-            yield RecipeError(
+            yield GuardError(
                 f"{where}: DeepSpeed's `{name}: {given:g}` contradicts `train.{key}: {own:g}`; "
                 f"take `{name}` out of the DeepSpeed configuration, the recipe's then holds"
             )
     if launch.sharding and recipe.quantization is not None:
-        yield RecipeError(
+        yield GuardError(
             f"{where}: {launch.sharding} can't shard `quantization`'s weights; "
             f"launch with accelerate_configs/ddp.yaml, or take `quantization` out"
         )
@@ -160,7 +160,7 @@ def _precision(recipe: Recipe, launch: Launch) -> Iterator[ChatalignError]:
     says = "fp16" if train.fp16 else {True: "bf16", False: "no", None: None}[train.bf16]
     if says is not None and says != asked:
         own = "train.fp16: true" if train.fp16 else f"train.bf16: {str(train.bf16).lower()}"
-        yield RecipeError(
+        yield GuardError(
             f"{launch.where}: `mixed_precision: {asked}` contradicts `{own}`; "
             f"set `mixed_precision: no` there (the recipe then decides), or change the recipe"
         )
@@ -169,7 +169,7 @@ def _precision(recipe: Recipe, launch: Launch) -> Iterator[ChatalignError]:
 def _rollouts(recipe: Recipe, launch: Launch) -> Iterator[ChatalignError]:
     ppo = getattr(recipe, "ppo", None)
     if ppo is not None and ppo.rollout_batch_size % (ppo.num_mini_batches * launch.processes):
-        yield RecipeError(
+        yield GuardError(
             f"{launch.where}: `ppo.rollout_batch_size: {ppo.rollout_batch_size}` can't be shared out over "
             f"{launch.processes} processes in `ppo.num_mini_batches: {ppo.num_mini_batches}`; "
             f"make it a multiple of {ppo.num_mini_batches * launch.processes}"

@@ -45,19 +45,18 @@ def look_at_rows(recipes: Iterable[Recipe]) -> LookedAt:
 def _counts(section: DataSection, what: str, look: DataLook) -> Iterator[Finding]:
     """How many rows are there twice, and how many ask what evaluation rows ask."""
     if look.duplicates is not None:
-        note = None
-        if look.duplicates:
-            share = f"{look.duplicates:,} of {look.rows:,} rows ({look.duplicates / look.rows:.1%})"
-            note = f"{what}: {share} are exact copies of an earlier one, and are learned that often → take them out"
-        yield Finding("duplicates", f"{what}: {look.rows:,}, no two alike", note=note)
+        cleaned = section.clean is not None and section.clean.exact_duplicates
+        share = f"{look.duplicates:,} of {look.rows:,} rows ({look.duplicates / max(look.rows, 1):.1%})"
+        note = f"{what}: {share} are exact copies of an earlier one, and are learned that often"
+        mend = "take them out, or set data.clean.exact_duplicates: true"
+        said = f"{share} are exact copies, which data.clean leaves out" if cleaned else f"{look.rows:,}, no two alike"
+        noted = look.duplicates and not cleaned
+        yield Finding("duplicates", f"{what}: {said}", note=f"{note} → {mend}" if noted else None)
     if look.leaking is not None:
         names = ", ".join(source.path for source in section.eval_datasets)
-        note = None
-        if look.leaking:
-            share = f"{look.leaking:,} of {look.rows:,} training rows ({look.leaking / look.rows:.1%})"
-            note = f"{what}: {share} ask what {names} asks; the stage leaves them out and counts them"
-            note += " → take them out yourself to be rid of this note"
-        yield Finding("leakage", f"{what}: none asks what {names} asks", note=note)
+        share = f"{look.leaking:,} of {look.rows:,} training rows ({look.leaking / max(look.rows, 1):.1%})"
+        note = f"{what}: {share} ask what {names} asks; the stage leaves them out and counts them → nothing to mend"
+        yield Finding("leakage", f"{what}: none asks what {names} asks", note=note if look.leaking else None)
 
 
 def _any_local(section: DataSection) -> bool:

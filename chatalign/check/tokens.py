@@ -16,7 +16,7 @@ from chatalign.data.files import Chunk, Part
 from chatalign.errors import ChatalignError, DataError
 from chatalign.recipe import DataSection, DatasetSource, ModelSection, Recipe
 
-SAMPLE_BYTES = 2 * 2**20  # of row files: some seconds of tokenizing
+SAMPLE_BYTES = 2**20  # of row files: a second or two of tokenizing
 _BATCH = 250
 _SURE = 3  # standard errors: what a sample shows so clearly is no accident of the draw
 

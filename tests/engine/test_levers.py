@@ -106,7 +106,7 @@ def test_liger_goes_to_the_models_that_it_has_kernels_for(tmp_path: Path, monkey
 
 
 def test_check_names_the_packages_that_levers_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "find_spec", lambda _name: None)
+    monkeypatch.setattr(check.models, "find_spec", lambda _name: None)
     recipe = sft_recipe(tmp_path, optim="paged_adamw_8bit", use_liger_kernel=True)
     problems = [str(finding.problem) for finding in check.check_recipe(recipe) if finding.what.startswith("package ")]
     assert any("bitsandbytes" in problem for problem in problems)
