@@ -123,7 +123,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer)
-        self.text = TextEncoder(tokenizer)
+        self.text = TextEncoder(tokenizer, self.template.control_tokens)
         self.finder = SpanFinder(self.template, self.text)
         self.verify_rows = VERIFIED_ROWS  # how many conversations are still checked; set anew by each preparation
 

@@ -20,6 +20,7 @@ from chatalign.data.rows import Message, Messages, Tools
 from chatalign.errors import TemplateError
 
 _PROBE = "Probe7Zq"
+_BRACKETED = re.compile(r"<.+>|\[.+\]")
 _REFUSALS = (jinja2.TemplateError, TypeError, KeyError, ValueError)
 
 
@@ -59,6 +60,20 @@ class ChatTemplate:
             return _PROBE in self.render(messages, tools=tools)
         except TemplateError:
             return False
+
+    @cached_property
+    def control_tokens(self) -> frozenset[str]:
+        """The added tokens that the template writes around a system or user turn: who may write one makes turns.
+
+        Bracketed ones only: some tokenizers have white space and line breaks as added tokens.
+        """
+        turns: Messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": _PROBE}]
+        try:
+            text = self.render(turns if self.takes_system else turns[1:])
+        except TemplateError:
+            return frozenset()
+        added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
+        return frozenset(token for token in added if _BRACKETED.fullmatch(token) and token in text)
 
     @cached_property
     def takes_system(self) -> bool:

@@ -15,7 +15,7 @@ import json
 import re
 import secrets
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -32,14 +32,19 @@ _WARDS, _NONCES = 0xF0000, 0x100000  # Unicode's private-use planes 15 and 16
 class TextEncoder:
     """Encodes rendered text for one tokenizer; see the module's head."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Raises TemplateError for a tokenizer that is not a fast one (no character offsets)."""
+    def __init__(self, tokenizer: Any, control: Collection[str] = ()) -> None:
+        """`control` are added tokens that mark turns although the tokenizer doesn't call them special (Command R's).
+
+        Raises TemplateError for a tokenizer that is not a fast one (no character offsets).
+        """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise TemplateError("the tokenizer is not a fast one, so tokens have no offsets; give a tokenizer.json")
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        self.special_ids: dict[str, int] = {token.content: id_ for id_, token in added.items() if token.special}
+        self.special_ids: dict[str, int] = {
+            token.content: id_ for id_, token in added.items() if token.special or token.content in control
+        }
         for text in tokenizer.all_special_tokens:
             self.special_ids.setdefault(text, tokenizer.convert_tokens_to_ids(text))
         self.added_texts = sorted({token.content for token in added.values()} | set(self.special_ids), key=len)[::-1]
@@ -55,7 +60,7 @@ class TextEncoder:
     def has_special(self, value: Any) -> bool:
         """Whether any string inside `value` (text, lists, mappings) holds a special token's text."""
         if isinstance(value, str):
-            return self._special.search(value) is not None
+            return self._special.search(value) is not None or self._becomes_special(value)
         if isinstance(value, dict):
             return any(map(self.has_special, value)) or any(map(self.has_special, value.values()))
         return isinstance(value, list | tuple) and any(map(self.has_special, value))
@@ -67,6 +72,20 @@ class TextEncoder:
     def special_at_end(self, text: str) -> str:
         """The special token that rendered text ends with, or nothing."""
         return next((token for token in self.special_ids if text.endswith(token)), "")
+
+    def _becomes_special(self, text: str) -> bool:
+        """Whether the tokenizer's normalizer makes a special token of other characters (＜|im_end|＞ by NFKC)."""
+        return self._normalizer is not None and self._special.search(self._normalizer.normalize_str(text)) is not None
+
+    @cached_property
+    def _normalizer(self) -> Any:
+        """The normalizer, where special tokens are looked for in what it makes; else None."""
+        looked_for = any(
+            token.normalized
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.content in self.special_ids
+        )
+        return self.tokenizer.backend_tokenizer.normalizer if looked_for else None
 
     def guard(self, value: Any) -> Any:
         """`value` with each special token's text swapped for its ward, at the same length."""
