@@ -52,6 +52,7 @@ _DEMONSTRATIONS: dict[Format, set[str]] = {
     "prompt_completion": {"prompt", "completion"},
 }
 _TELLING = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "instruction", "output", "text")
+_ONE_COLUMN: tuple[Format, ...] = ("text", "prompt")
 _WITH_TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 _LOST = MEDIA | {"chat_template_kwargs"}  # columns that mean something to training elsewhere
 
@@ -169,11 +170,13 @@ def _naming(columns: set[str]) -> str:
 
 
 def _wrong_kind(row: RawRow, found: Format, kind: Kind) -> str:
-    known = refused(row)
-    if known:
-        return f"the columns {listed(row)} hold {known[0]}; {known[1]}"
-    others: list[Format] = [*_demonstrations(row), *(name for name in ("text", "prompt") if row.get(name) is not None)]
+    others = _demonstrations(row)
+    if others and (row.get("label") is not None or row.get("kto_tag") is not None):
+        others.append("unpaired")
+    others += [name for name in _ONE_COLUMN if row.get(name) is not None]
     fitting = next((name for name in others if kind in KINDS_OF[name]), None)
+    if fitting is None and (known := refused(row)):
+        return f"the columns {listed(row)} hold {known[0]}; {known[1]}"
     written = f"`format: {fitting}`" if fitting else suggestion(row, kind) or "`format` and `columns`"
     return (
         f"this stage needs {NEEDED[kind]}, and the file holds {found} rows "

@@ -64,8 +64,11 @@ def _turns(row: Mapping[str, Any], kind: Kind) -> dict[str, str] | None:
     label = _all_found(row, {"label": _OTHERS["label"]}) if kind == "unpaired" else {}
     if kind not in ("conversation", "prompt", "unpaired") or label is None:
         return None
-    lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
-    lists = {name: value for name, value in lists.items() if isinstance(value[0], dict) and _is_turn(value[0])}
+    lists = {
+        name: value
+        for name, value in row.items()
+        if name not in ("prompt", "completion", "rejected") and isinstance(value, list) and value and _begins(value[0])
+    }
     if len(lists) != 1:
         return None
     ((name, turns),) = lists.items()
@@ -73,8 +76,11 @@ def _turns(row: Mapping[str, Any], kind: Kind) -> dict[str, str] | None:
     return {"messages": name, **({"role": keys[0], "content": keys[1]} if keys else {}), **label}
 
 
-def _is_turn(value: Mapping[str, Any]) -> bool:
-    return bool({"role", "from"} & value.keys()) or likely_keys(value) is not None
+def _begins(turn: Any) -> bool:
+    """Whether this is a turn that a conversation may begin with: not a reply."""
+    if not isinstance(turn, dict) or any(turn.get(key) in ("assistant", "gpt") for key in ("role", "from")):
+        return False
+    return bool({"role", "from"} & turn.keys()) or likely_keys(turn) is not None
 
 
 def _texts(row: Mapping[str, Any], kind: Kind) -> dict[str, str] | None:

@@ -167,6 +167,10 @@ def _split_prefix(chosen: Messages, rejected: Messages) -> tuple[Messages, Messa
     if shared == 0:
         raise BadRow("rejected", "starts with another prompt than chosen", "give both sides one prompt")
     shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+    for side, against, turns in (("chosen", "rejected", chosen), ("rejected", "chosen", rejected)):
+        if len(turns) > shared + 1:
+            mend = f"cut both sides after their turn {shared}, so that they differ in the last reply only"
+            raise BadRow(side, f"parts from {against} before its last turn", mend)
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 

@@ -145,7 +145,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "preference",
         {"chosen": m("x", "a", "y", "b"), "rejected": m("x", "c", "y", "d")},
-        "chosen: is not one assistant turn (assistant, user, assistant) → let both sides differ in the last reply only",
+        "chosen: parts from rejected before its last turn → cut both sides after their turn 1, so that they differ in the last reply only",
     ),
     (
         "preference",

@@ -97,6 +97,11 @@ PEER_ROWS = [
     # alignment-handbook and the files it trains on
     PeerRow("handbook ultrafeedback_binarized", "preference", {"prompt": "hi", "prompt_id": "x", "chosen": m("hi", "yes"), "rejected": m("hi", "no"), "messages": m("hi", "yes"), "score_chosen": 8.0, "score_rejected": 2.0}, pair("hi")),
     PeerRow("handbook ultrafeedback_binarized", "conversation", {"prompt": "hi", "chosen": m("hi", "yes"), "rejected": m("hi", "no"), "messages": m("hi", "yes")}, PLAIN, "`format: messages`"),
+    PeerRow("preferences, their chosen side", "conversation", {"chosen": m("hi", "yes"), "rejected": m("hi", "no")}, PLAIN, "`columns: {messages: chosen}`"),
+    PeerRow("preferences, their chosen side", "conversation", {"prompt": "hi", **TEXT_PAIR}, RAW, "`columns: {completion: chosen}`"),
+    PeerRow("preferences, their chosen side", "conversation", {"prompt": m("hi"), **TURN_PAIR}, Conversation(messages=m("hi", "yes"), first_supervised=1), "`columns: {completion: chosen}`"),
+    PeerRow("alpaca with text labels", "unpaired", {"instruction": "hi", "output": "yes", "label": "true"}, UP, "`format: unpaired`"),
+    PeerRow("alpaca with kinds", "conversation", {"instruction": "hi", "output": "yes", "label": "chat"}, PLAIN),
     PeerRow("handbook ultrachat_200k", "conversation", {"prompt": "hi", "prompt_id": "x", "messages": m("hi", "yes")}, PLAIN),
     PeerRow("handbook OpenHermes-2.5", "conversation", {"conversations": [{"from": "human", "value": "hi", "weight": None}, {"from": "gpt", "value": "yes", "weight": None}], "source": "x"}, PLAIN),
     PeerRow("handbook dpo-mix-7k", "preference", {"dataset": "x", "chosen": m("a", "b", "c", "yes"), "rejected": m("a", "b", "c", "no")}, pair("a", "b", "c")),

@@ -208,11 +208,15 @@ def test_a_conversation_before_the_replies_is_the_prompt() -> None:
     [
         (
             {"chosen": m("a", "b", "c", "d"), "rejected": m("a", "x", "c", "y")},
-            "chosen: is not one assistant turn (assistant, user, assistant) → let both sides differ in the last",
+            "chosen: parts from rejected before its last turn → cut both sides after their turn 1, so that they",
         ),
         (
             {"chosen": m("a", "b"), "rejected": m("a", "b", "c", "d")},
-            "rejected: is not one assistant turn (assistant, user, assistant) → let both sides differ in the last",
+            "rejected: parts from chosen before its last turn → cut both sides after their turn 1, so that they",
+        ),
+        (
+            {"prompt": "a", "chosen": m("b", "c", "d", first="assistant"), "rejected": m("x", first="assistant")},
+            "chosen: is not one assistant turn (assistant, user, assistant) → let both sides differ in the last",
         ),
         (
             {"prompt": m("z"), "chosen": m("a", "b"), "rejected": m("a", "c")},
