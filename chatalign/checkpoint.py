@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from chatalign.artifact import sha256_file, verify_files, write_json
-from chatalign.errors import CheckpointError
+from chatalign.errors import CheckpointError, OtherRunError
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
+_PASSED_OVER = "a resume takes the checkpoint before it"
 _log = logging.getLogger("chatalign")
-
-
-class OtherRunError(CheckpointError):
-    """A checkpoint that another run wrote; never skipped, since the folder itself is then wrong."""
 
 
 def write_manifest(checkpoint: str | Path, run_id: str, extra: Mapping[str, Any] | None = None) -> Path:
@@ -49,9 +46,11 @@ def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text("utf-8"))
         return {"run_id": str(manifest["run_id"]), "files": dict(manifest["files"]), "extra": dict(manifest["extra"])}
     except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint}: has no {MANIFEST}, so it was cut off while it was saved") from None
+        raise CheckpointError(
+            f"{checkpoint}: has no {MANIFEST}, so it was cut off while it was saved; {_PASSED_OVER}"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: can't be read ({error})") from None
+        raise CheckpointError(f"{path}: can't be read ({error}); {_PASSED_OVER}") from None
 
 
 def verify(checkpoint: str | Path, run_id: str) -> dict[str, Any]:
@@ -64,22 +63,23 @@ def verify(checkpoint: str | Path, run_id: str) -> dict[str, Any]:
         )
     if problems := verify_files(checkpoint, manifest["files"]):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise CheckpointError(f"{problems[0]}{more}")
+        raise CheckpointError(f"{problems[0]}{more}; {_PASSED_OVER}")
     return manifest
 
 
 def latest_valid(checkpoints: str | Path, run_id: str) -> Path | None:
     """The newest checkpoint of this run that is whole; None where there is none.
 
-    A damaged one is named in a warning and the one before it is taken. Another run's raises CheckpointError.
+    A damaged one is named in a warning and the one before it is taken. Another run's raises OtherRunError.
     """
-    for checkpoint in reversed(list_checkpoints(checkpoints)):
+    found = list_checkpoints(checkpoints)
+    for place, checkpoint in reversed(list(enumerate(found))):
         try:
             verify(checkpoint, run_id)
         except OtherRunError:
             raise
         except CheckpointError as error:
-            _log.warning("%s; going on from the checkpoint before it", error)
+            _log.warning("%s (%s)", error, found[place - 1].name if place else "none: the run begins again")
             continue
         return checkpoint
     return None

@@ -34,6 +34,10 @@ class CheckpointError(ChatalignError, ValueError):
     """A checkpoint that is incomplete, altered, or of another run."""
 
 
+class OtherRunError(CheckpointError):
+    """A checkpoint that another run wrote; never skipped, since the folder itself is then wrong."""
+
+
 class NonFiniteError(ChatalignError, ArithmeticError):
     """A loss, reward or gradient that is NaN or infinite; the run stops here."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chatalign.errors import ModelError
+from chatalign.models.adapter_checks import refuse_merge_into_quantized
 from chatalign.models.adapters import continue_adapter, save_model
 from chatalign.models.heads import load_reward_model
 from chatalign.models.load import base_ref_of, fit_tokenizer, load_base
@@ -60,11 +61,7 @@ def _stored_dtype(resolved: Resolved, dtype: str) -> torch.dtype:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(resolved.base, revision=resolved.revision, trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{resolved.base}: its weights are stored quantized, and merging into them loses what was learned; "
-            f"set `name_or_path` in {resolved.adapter}/base_model.json to the 16-bit model"
-        )
+    refuse_merge_into_quantized(config, resolved)
     if dtype == "auto":
         return config.dtype or torch.float32
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -129,5 +126,5 @@ def _compare(before: list[Tensor], after: list[Tensor], stored: torch.dtype, ref
     if not moved <= _TOLERANCE[stored]:
         raise ModelError(
             f"{ref}: the merged model's logits differ from the adapter's by {moved:.2%}, so nothing was written; "
-            f"merge with dtype float32"
+            f"merge with dtype float32, or go on with the adapter unmerged"
         )

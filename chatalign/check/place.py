@@ -15,7 +15,7 @@ from chatalign.artifact import ARTIFACT_FILE
 from chatalign.check.findings import Finding
 from chatalign.check.identity import HASHED_BYTES, weights_bytes
 from chatalign.check.sizes import Sizes, estimate
-from chatalign.errors import ArtifactError, CheckpointError, RecipeError
+from chatalign.errors import ArtifactError, CheckpointError, OtherRunError, RecipeError
 from chatalign.recipe import Recipe
 from chatalign.runs import CHECKPOINTS, RUN_FILE, model_inputs, recipe_fingerprint, status
 
@@ -56,7 +56,7 @@ def _resumed(folder: Path, what: str) -> Finding:
     for found in reversed(checkpoint.list_checkpoints(folder / CHECKPOINTS)):
         try:
             checkpoint.verify(found, run_id)
-        except checkpoint.OtherRunError as error:
+        except OtherRunError as error:
             return Finding("checkpoints", what, error)
         except CheckpointError as error:
             skipped.append(str(error))

@@ -33,10 +33,11 @@ HOST_KEYS = frozenset({"segments", "num_sequences", "num_tokens", "filler"})
 
 @dataclass(frozen=True)
 class Item:
-    """A bin's rows, and whether it is a filler."""
+    """A bin's rows, its index, and whether it is a filler."""
 
     rows: list[Row]
     filler: bool
+    index: int
 
 
 class Bins(Dataset[Item]):
@@ -53,7 +54,7 @@ class Bins(Dataset[Item]):
         filler = index < 0
         chosen = self.bins[-index - 1 if filler else index]
         columns = self.rows[chosen]  # datasets.Dataset gives columns for a list of indices
-        return Item([{name: values[i] for name, values in columns.items()} for i in range(len(chosen))], filler)
+        return Item([{name: values[i] for name, values in columns.items()} for i in range(len(chosen))], filler, index)
 
 
 def make_bins(rows: Any, lengths: Sequence[int], capacity: int | None) -> Bins:
@@ -89,15 +90,23 @@ class BinSampler(Sampler[list[int]]):
         return -(-self.bins // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
+        for stretch in self.stretches():
+            yield self.own(stretch)
+
+    def own(self, stretch: list[int]) -> list[int]:
+        """This process's bins of a stretch, or a filler."""
+        return stretch[self.rank :: self.world_size] or [-stretch[0] - 1]
+
+    def stretches(self) -> Iterator[list[int]]:
+        """What all processes together are given of this epoch, micro-batch by micro-batch."""
         if self.seed is None:
             order = list(range(self.bins))
         else:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self.bins, generator=generator).tolist()
-        stretch = self.batch_size * self.world_size
-        for start in range(0, self.bins, stretch):
-            mine = order[start : start + stretch][self.rank :: self.world_size]
-            yield mine or [-order[start] - 1]
+        size = self.batch_size * self.world_size
+        for start in range(0, self.bins, size):
+            yield order[start : start + size]
 
 
 class BinLoader(DataLoader[Item]):
@@ -112,9 +121,10 @@ class BinLoader(DataLoader[Item]):
 
 @dataclass(frozen=True)
 class CollateItems:
-    """Items to one flat batch of a multiple of `multiple` tokens, with ``filler`` (bool) and ``num_tokens`` beside.
+    """Items to one flat batch of a multiple of `multiple` tokens, and beside it ``filler``, ``num_tokens``, ``bins``.
 
-    ``num_tokens`` are the rows' own, without padding. A class, so that workers can unpickle it.
+    ``num_tokens`` are the rows' own, without padding, ``bins`` the items' indices. A class, so that workers can
+    unpickle it.
     """
 
     collate: Collate
@@ -124,6 +134,7 @@ class CollateItems:
         rows = self.collate([row for item in items for row in item.rows])
         padded: Batch = dict(pad_to_multiple(rows, self.multiple))
         padded["filler"], padded["num_tokens"] = items[0].filler, rows["input_ids"].numel()
+        padded["bins"] = [item.index for item in items]
         return padded
 
 

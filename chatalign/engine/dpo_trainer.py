@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from chatalign.data.collate import collate_pairs
 from chatalign.engine.batching import Batch, Bins
+from chatalign.engine.dpo_guard import refuse_other_loss
 from chatalign.engine.isolation import computes_in_half
 from chatalign.engine.loss_head import token_logprobs
 from chatalign.engine.model_setup import set_up_reference
 from chatalign.engine.sealed import SealedTrainer
 from chatalign.engine.trainer import Items, Metrics, StageTrainer
-from chatalign.errors import ModelError, RecipeError
+from chatalign.errors import GuardError, ModelError, RecipeError
 from chatalign.maths.logprobs import sum_by_sequence
 from chatalign.maths.preference import PreferenceLoss, dpo_loss
 from chatalign.maths.preference_losses import DPOLossType
 from chatalign.models.adapters import Policy
-from chatalign.models.reference import Reference
+from chatalign.models.reference import WRONG_REFERENCE, Reference
 from chatalign.recipe import DpoRecipe
 
 CHOSEN, REJECTED = "ref_chosen_logps", "ref_rejected_logps"
@@ -77,6 +78,7 @@ class DpoTrainer(StageTrainer):
         self._tokens_per_reply: Tensor | float | None = None
         self._checked = False
         super().__init__(**settings, collate=collate_dpo)
+        refuse_other_loss(self.section, self.loss_of)
         if reference.module is not None:
             with self.accelerator.autocast():
                 set_up_reference(reference.module, self.recipe, self.levers)
@@ -147,9 +149,9 @@ class DpoTrainer(StageTrainer):
             allowed = _DRIFT_AT_START["half" if computes_in_half(self.model) else "full"]
         drift = float(drift_2B.abs().max())
         if drift > allowed:
-            raise ModelError(
-                f"before the first step the policy and its reference differ by {drift:.2g} nats a token: the reference "
-                "is not the model that this run starts from; give the model that SFT made as `model.name_or_path`"
+            raise GuardError(
+                f"{WRONG_REFERENCE}: before the first step the two differ by {drift:.2g} nats a token; give the model "
+                "that SFT made as model.name_or_path"
             )
         at_zero = {
             "sigmoid": math.log(2),
@@ -160,9 +162,9 @@ class DpoTrainer(StageTrainer):
         expected = at_zero.get(self.loss_type)
         found = float(loss.losses_B.detach().mean())
         if expected is not None and not self.section.sft_weight and abs(found - expected) > 0.05 * expected:
-            raise ModelError(
-                f"before the first step the {self.loss_type} loss is {found:.4f} and not {expected:.4f}, its value at "
-                "a margin of 0: the reference is not the model that this run starts from"
+            raise GuardError(
+                f"{WRONG_REFERENCE}: before the first step the {self.loss_type} loss is {found:.4f} and not "
+                f"{expected:.4f}, its value at a margin of 0; give the model that SFT made as model.name_or_path"
             )
 
     def _precompute(self) -> None:
@@ -198,11 +200,9 @@ def require_reference(policy: Policy, method: str) -> Reference:
 
 
 def refuse_moved(reference: Reference, sha256_at_start: str, trainer: SealedTrainer) -> None:
-    """Raise ModelError where the reference's weights are not those of the start; not known where they are sharded."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return
-    if reference.sha256() != sha256_at_start:
-        raise ModelError("the reference's weights changed during training, so that the losses were wrong; report it")
+    """Raise GuardError where the reference's weights are not those of the start; not known where they are sharded."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        reference.refuse_moved(sha256_at_start)
 
 
 def sequence_logprobs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ Shapes: B replies, K response tokens.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,16 +19,21 @@ from chatalign.data.collate import collate_sequences
 from chatalign.engine.batching import to_device
 from chatalign.engine.loss_head import token_logprobs
 from chatalign.engine.ppo_experience import Episodes
+from chatalign.engine.ppo_guard import (
+    FULL_PRECISION,
+    HALF_PRECISION,
+    refuse_gap,
+    refuse_other_engine,
+    refuse_other_reference,
+    refuse_wrong_ends,
+)
 from chatalign.engine.ppo_model import PpoModel
 from chatalign.engine.ppo_rewards import Replies, Rewards
 from chatalign.engine.ppo_schedule import Schedule
-from chatalign.errors import ModelError
-from chatalign.maths import importance_weights, sampler_excess
+from chatalign.maths import importance_weights
 from chatalign.models.reference import Reference
-from chatalign.rollout import RolloutEngine, Sampling
-
-# Mean nats a token by which bf16 kernels of two engines differ stay a few times below it; another temperature doesn't.
-_LARGEST_GAP = 0.1
+from chatalign.rollout import Rollout, RolloutEngine, Sampling, TransformersRollout
+from chatalign.rollout.padding import refuse_padding_that_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +50,9 @@ class Collector:
     """Draws and measures replies with the weights as they are.
 
     `own_logps` says that the policy's log-probabilities are computed anew rather than taken from the sampler: at
-    low precision the two differ, and the ratio must start at 1. `other_sampler` says that the engine is no part of the
-    trainer: its log-probabilities are held against the policy's at the first rollout, and episodes carry truncated
-    importance weights where `importance_cap` bounds them.
+    low precision (`full_precision` false) the two differ, and the ratio must start at 1; they are held against each
+    other. `other_sampler` says that the engine is no part of the trainer; episodes carry truncated importance weights
+    where `importance_cap` bounds them.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Collector:
         tokenizer: Any,
         batch_size: int,
         own_logps: bool,
+        full_precision: bool = True,
         other_sampler: bool = False,
         importance_cap: float | None = None,
     ) -> None:
@@ -74,26 +79,45 @@ class Collector:
         self.batch_size = batch_size
         self.own_logps = own_logps
         self.importance_cap = importance_cap
-        self._to_be_checked = other_sampler
+        self.other_sampler = other_sampler
+        self.full_precision = full_precision
+        self.limits = (FULL_PRECISION if full_precision else HALF_PRECISION).at(model.temperature)
+        self._padding_checked = False
         # The trainer puts its own in place: replies are drawn at the precision that they are trained at.
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def collect(self, rows: Sequence[dict[str, Any]], sampling: Sampling, row_seeds: Sequence[int]) -> Collected:
-        """Episodes for prompt rows (``prompt_ids``, and ``prompt`` and ``extra`` as JSON), all tensors on the CPU."""
+    def collect(
+        self,
+        rows: Sequence[dict[str, Any]],
+        sampling: Sampling,
+        row_seeds: Sequence[int],
+        *,
+        untrained: bool = False,
+    ) -> Collected:
+        """Episodes for prompt rows (``prompt_ids``, and ``prompt`` and ``extra`` as JSON), all tensors on the CPU.
+
+        With `untrained` the policy must be its reference. Raises GuardError where the numbers can't be a policy's own.
+        """
         prompt_ids = [list(row["prompt_ids"]) for row in rows]
         with self.gathered(), self.autocast():
             started = time.perf_counter()
+            self._check_padding(prompt_ids)
             rollout = self.engine.generate(prompt_ids, sampling, row_seeds=row_seeds)
             drawn = time.perf_counter()
+            refuse_wrong_ends(rollout, sampling)
             replies = self.read(rows, rollout.response_ids)
             scores, terms = self.rewards(replies)
             sampled = torch.tensor([logp for row in rollout.logprobs for logp in row])
-            ref_logps, own_logps, values, bootstrap = self._measure(prompt_ids, rollout.response_ids)
+            measured = self._measure(prompt_ids, rollout.response_ids, logps=self.own_logps or untrained)
+            ref_logps, own_logps, values, bootstrap = measured
             scored = time.perf_counter()
-        if self._to_be_checked and own_logps is not None:
-            refuse_other_distribution(own_logps, sampled, [len(ids) for ids in rollout.response_ids], sampling)
-            self._to_be_checked = False
+        if own_logps is not None:
+            self._refuse_gap(own_logps, sampled, rollout, sampling)
+        if own_logps is not None and untrained:
+            refuse_other_reference(own_logps, ref_logps, self.limits.reference)
+        if not self.own_logps:
+            own_logps = None
         episodes = Episodes(
             prompt_ids=prompt_ids,
             response_ids=rollout.response_ids,
@@ -108,6 +132,17 @@ class Collector:
         )
         gap = None if own_logps is None else float((own_logps - sampled).abs().mean())
         return Collected(episodes=episodes, rollout_s=drawn - started, score_s=scored - drawn, logprob_gap=gap)
+
+    def _check_padding(self, prompt_ids: list[list[int]]) -> None:
+        if isinstance(self.engine, TransformersRollout) and not self._padding_checked:
+            refuse_padding_that_counts(self.engine, prompt_ids, full_precision=self.full_precision)
+            self._padding_checked = True
+
+    def _refuse_gap(self, own_logps: Tensor, sampled: Tensor, rollout: Rollout, sampling: Sampling) -> None:
+        if self.other_sampler:
+            refuse_other_engine(own_logps, sampled, [len(ids) for ids in rollout.response_ids], sampling)
+        else:
+            refuse_gap(own_logps, sampled, self.limits.gap)
 
     def _importance_weights(self, own_logps: Tensor | None, sampled: Tensor) -> Tensor | None:
         if self.importance_cap is None or own_logps is None:
@@ -132,7 +167,7 @@ class Collector:
         )
 
     def _measure(
-        self, prompt_ids: list[list[int]], response_ids: list[list[int]]
+        self, prompt_ids: list[list[int]], response_ids: list[list[int]], *, logps: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Reference log-probabilities, the policy's or None, values (K,), values after the last token (B,)."""
         device = self.model.value_head.weight.device
@@ -145,33 +180,16 @@ class Collector:
         ]
         with self.reference.use() as reference, torch.no_grad():
             ref_logps = [token_logprobs(reference, b, temperature=self.model.temperature)[0].cpu() for b in batches]
-        measured = [self.model.measure(batch, logps=self.own_logps) for batch in batches]
+        measured = [self.model.measure(batch, logps=logps) for batch in batches]
         lengths = [len(response_ids[row]) for row in order]
-        logps = [own.cpu() for own, _, _ in measured if own is not None]
+        own_logps = [own.cpu() for own, _, _ in measured if own is not None]
         bootstrap = torch.empty(len(order))
         bootstrap[order] = torch.cat([last.cpu() for _, _, last in measured])
         return (
             _in_order(ref_logps, order, lengths),
-            _in_order(logps, order, lengths) if logps else None,
+            _in_order(own_logps, order, lengths) if own_logps else None,
             _in_order([values.cpu() for _, values, _ in measured], order, lengths),
             bootstrap,
-        )
-
-
-def refuse_other_distribution(own: Tensor, sampled: Tensor, lengths: Sequence[int], sampling: Sampling) -> None:
-    """Raise ModelError where a sampler's log-probabilities (K,) can't be those of the policy under `sampling`.
-
-    vLLM's are of what it drew from, so top-p, top-k and the minimum length may make them greater, as far as
-    `sampler_excess` allows.
-    """
-    steps = torch.cat([torch.arange(length) for length in lengths])
-    free = torch.full_like(sampled, torch.inf if sampling.top_k else -math.log(sampling.top_p))
-    allowed = torch.where(steps < sampling.min_new_tokens, torch.inf, free)
-    gap = float(sampler_excess(own, sampled, allowed).mean())
-    if not gap <= _LARGEST_GAP:
-        raise ModelError(
-            f"vLLM's log-probabilities are {gap:.3f} nats a token off the policy's before any update; start it with "
-            f"--logprobs-mode processed_logprobs, on the base that the recipe's model hangs on, in its dtype"
         )
 
 

@@ -19,6 +19,7 @@ from chatalign.engine.ppo_model import PpoModel, ValueHead, backbone
 from chatalign.engine.ppo_rewards import ModelScorer, Rewards, RewardSource, stored_normaliser
 from chatalign.errors import ModelError
 from chatalign.maths import ScoreNormaliser
+from chatalign.models.adapter_checks import refuse_merge_into_quantized
 from chatalign.models.adapters import DEFAULT, Policy, attach_adapter, continue_adapter
 from chatalign.models.heads import active_head, load_reward_model
 from chatalign.models.load import base_ref_of, disable_dropout, fit_tokenizer, load_base
@@ -39,9 +40,10 @@ def with_value(
     recipe's ``value_model`` doesn't read the policy's tokens.
     """
     head = ValueHead(int(backbone(policy.model).config.hidden_size))
-    trunk, adapter, origin = None, None, None
+    trunk, adapter, origin, starts_as_reward = None, None, None, False
     if recipe.value_model is not None:
         trunk, head, origin = _critic(recipe, recipe.value_model, tokenizer, sources)
+        starts_as_reward = bool(head.weight.any())
     elif recipe.ppo.value == "separate":
         start = _value_start(recipe, policy, sources)
         if policy.is_adapter:
@@ -51,7 +53,7 @@ def with_value(
             trunk = _full_trunk(policy, rewards, start)
         if start is not None:
             _head_from_reward(head, rewards, start)
-            origin = start.name
+            origin, starts_as_reward = start.name, True
     return PpoModel(
         policy.model,
         head,
@@ -60,6 +62,7 @@ def with_value(
         value_trunk=trunk,
         value_adapter=adapter,
         value_origin=origin,
+        value_from_zero=not starts_as_reward,
     )
 
 
@@ -89,6 +92,7 @@ def _critic(
         if resolved.adapter is not None:
             model = continue_adapter(model, resolved.adapter, None, base_ref_of(resolved))
     if resolved.adapter is not None:
+        refuse_merge_into_quantized(model.config, resolved)
         model = model.merge_and_unload(safe_merge=True)
     disable_dropout(model)
     enable_segments(model, recipe.model.attention)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chatalign.engine.ppo_guard import refuse_lost_scores
 from chatalign.maths import k1, k2, k3, masked_moments, masked_whiten, penalise_missing_stop
 from chatalign.maths.gae import gae, token_rewards
 from chatalign.maths.value import explained_variance
@@ -110,6 +111,7 @@ def make_experience(episodes: Episodes, section: PpoSection, *, kl_coef: float) 
     kl_BT = KL_ESTIMATORS[section.kl_estimator](logps_BT, ref_logps_BT)
     score_B = final_scores(episodes, section)
     rewards_BT = token_rewards(score_B, kl_BT, mask_BT, kl_coef)
+    refuse_lost_scores(rewards_BT, kl_BT, mask_BT, score_B, kl_coef)
     if section.whiten_rewards:
         # shift_mean false: a shifted reward would pay for every further token (2403.17031).
         rewards_BT = masked_whiten(rewards_BT, mask_BT, shift_mean=False)

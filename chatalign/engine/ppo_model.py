@@ -59,6 +59,7 @@ class PpoModel(nn.Module):
         value_trunk: Any | None = None,
         value_adapter: str | None = None,
         value_origin: str | None = None,
+        value_from_zero: bool = True,
     ) -> None:
         super().__init__()
         if value_trunk is not None and value_adapter is not None:
@@ -68,6 +69,7 @@ class PpoModel(nn.Module):
         self.value_head = head
         self.value_adapter = value_adapter
         self.value_origin = value_origin  # the reward whose model the value function starts as
+        self.value_from_zero = value_from_zero  # V = 0 before the first update: no reward model's head
         self.temperature = temperature
         self.entropy_grad = entropy_grad
         self._adapters = AdapterSwitch(policy) if value_adapter is not None else None

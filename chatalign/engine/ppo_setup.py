@@ -64,6 +64,7 @@ def build_trainer(
     assert roles.policy.reference is not None
     is_vllm = section.rollout_engine != "transformers"
     correct = is_vllm and section.vllm_importance_sampling_correction
+    full_precision = not (args.bf16 or _low_precision(recipe, roles))
     collector = Collector(
         model=roles.model,
         reference=roles.policy.reference,
@@ -73,7 +74,8 @@ def build_trainer(
         ),
         tokenizer=tokenizer,
         batch_size=section.local_rollout_forward_batch_size,
-        own_logps=is_vllm or args.bf16 or _low_precision(recipe, roles) or roles.model.shares_trunk,
+        own_logps=is_vllm or not full_precision or roles.model.shares_trunk,
+        full_precision=full_precision,
         other_sampler=is_vllm,
         importance_cap=section.vllm_importance_sampling_clip_max if correct else None,
     )

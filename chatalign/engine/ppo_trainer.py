@@ -21,24 +21,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from chatalign.data.collate import collate_lm, collate_sequences
 from chatalign.engine.batching import Batch, to_device
+from chatalign.engine.guard import refuse_shared_seeds
 from chatalign.engine.metrics import MetricSums
 from chatalign.engine.model_setup import set_up_reference
 from chatalign.engine.ppo_collect import Play, speeds
-from chatalign.engine.ppo_experience import Episodes, Experience, evaluation_metrics, make_experience
+from chatalign.engine.ppo_experience import KL_ESTIMATORS, Episodes, Experience, evaluation_metrics, make_experience
+from chatalign.engine.ppo_guard import RatioGuard, refuse_other_gradient, refuse_other_sampling, refuse_values
 from chatalign.engine.ppo_model import PpoModel, PpoOutput, allow_all_tokens
 from chatalign.engine.ppo_normalise import fit_on_replies
 from chatalign.engine.ppo_schedule import Position
 from chatalign.engine.ppo_shards import ShardedTrainer
 from chatalign.engine.ppo_state import load_experience, save_experience
 from chatalign.engine.ppo_update import clipped_policy_loss, clipped_value_loss, set_own_rate, update_metrics
+from chatalign.engine.replay import other_rows
 from chatalign.engine.trainer import Items, Metrics
-from chatalign.errors import ModelError, NonFiniteError
+from chatalign.errors import NonFiniteError
 from chatalign.maths import AdaptiveKLController, FixedKLController
 from chatalign.recipe import PpoRecipe, PpoSection
 from chatalign.runs import Run
 
-# Mean |trainer − sampler| in nats a token at full precision, above which the two can't be one distribution.
-_LARGEST_GAP = 0.02
 # Far from any training seed, so that evaluation draws are the same all through a run and no training draw's.
 _EVALUATION_SEEDS = 2**40
 
@@ -86,6 +87,7 @@ class PpoTrainer(ShardedTrainer):
         if reference is not None:  # with the policy's own kernels: the KL of the first rollout is 0 in any precision
             with self.accelerator.autocast():
                 set_up_reference(reference, recipe, self.levers)
+        refuse_other_gradient(recipe.ppo.kl_estimator, KL_ESTIMATORS[recipe.ppo.kl_estimator])
         self.play = play
         play.collector.rewards.to(args.device)
         play.collector.autocast, play.collector.gathered = self.accelerator.autocast, self.gathered
@@ -99,6 +101,8 @@ class PpoTrainer(ShardedTrainer):
         self._step_kl = torch.zeros(2, dtype=torch.float64)
         self._update_started = 0.0
         self.add_callback(_AfterStep(self))
+        self.ratios = RatioGuard(play.collector.limits, own_logps=play.collector.own_logps)
+        self.add_callback(self.ratios)
 
     # Batches
 
@@ -124,14 +128,21 @@ class PpoTrainer(ShardedTrainer):
                 raise RuntimeError(f"{position} was used up before its optimizer step")
 
     def _new_experience(self, rollout: int) -> Experience:
-        schedule = self.play.schedule
+        schedule, sampling = self.play.schedule, self.play.sampling
+        refuse_other_sampling(drawn=sampling.temperature or 1.0, trained=self.model.temperature)
         if rollout == 0 and self.section.normalize_reward == "replies":
             fit_on_replies(self.play, self.model, self.prompt_rows, gather_object)
         rows = [self.prompt_rows[row] for row in schedule.own(schedule.prompt_rows(rollout))]
-        collected = self.play.collector.collect(rows, self.play.sampling, schedule.own(schedule.episodes(rollout)))
+        seeds = schedule.own(schedule.episodes(rollout))
+        if self.args.world_size > 1:
+            refuse_shared_seeds(gather_object([list(seeds)]), rollout)
+        collected = self.play.collector.collect(rows, sampling, seeds, untrained=rollout == 0)
         parts = gather_object([collected]) if self.args.world_size > 1 else [collected]
         coef = self.kl_controller.coef
-        experience = make_experience(Episodes.join([part.episodes for part in parts]), self.section, kl_coef=coef)
+        episodes = Episodes.join([part.episodes for part in parts])
+        experience = make_experience(episodes, self.section, kl_coef=coef)
+        if rollout == 0 and self.model.value_from_zero:
+            refuse_values(episodes.values, experience.returns)
         if not bool(experience.advantages.isfinite().all() and experience.returns.isfinite().all()):
             raise NonFiniteError(
                 f"rollout {rollout}: an advantage is not finite; lower `train.learning_rate`, or look at the rewards"
@@ -172,6 +183,7 @@ class PpoTrainer(ShardedTrainer):
         """Clipped policy loss + vf_coef · clipped value loss − entropy_coef · entropy + ptx_coef · LM loss."""
         section, warming = self.section, self.position.rollout < self.section.value_warmup_rollouts
         self.model.detach_value = warming
+        self.ratios.hold_still(lambda: self._policy_logps(model, batch))
         value = None
         if self._sides_apart:
             # The value function's activations are gone before the policy's come.
@@ -185,10 +197,13 @@ class PpoTrainer(ShardedTrainer):
         loss = (0.0 if warming else 1.0) * policy_side + (value_side.detach() if self._sides_apart else value_side)
         log_ratio = out.logps.detach() - batch["old_logps"]
         metrics = update_metrics(out, log_ratio, policy, value, num_items)
-        if batch["fresh"] and not self.play.collector.own_logps:
-            # Before any update of this rollout: trainer against sampler, with no extra pass.
-            metrics["sampler/logprob_gap"] = log_ratio.abs()
-        self._note_step(policy.approxkl, log_ratio, batch["fresh"])
+        if batch["fresh"]:  # before any update of this rollout: trainer against sampler, with no extra pass
+            if not self.play.collector.own_logps:
+                metrics["sampler/logprob_gap"] = log_ratio.abs()
+            self.ratios.note(out.logps.detach(), batch["old_logps"])
+        if section.target_kl is not None:
+            count = len(log_ratio)
+            self._step_kl += torch.tensor([float(policy.approxkl) * count, count], dtype=torch.float64)
         return loss, metrics
 
     @property
@@ -200,17 +215,11 @@ class PpoTrainer(ShardedTrainer):
         plain = self.args.world_size == 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
         return plain and not self.model.shares_trunk
 
-    def _note_step(self, approxkl: Tensor, log_ratio: Tensor, fresh: bool) -> None:
-        if self.section.target_kl is not None:
-            count = len(log_ratio)
-            self._step_kl += torch.tensor([float(approxkl) * count, count], dtype=torch.float64)
-        if fresh and self.position.rollout == 0 and not self.play.collector.own_logps:
-            gap = float(log_ratio.abs().mean())
-            if gap > _LARGEST_GAP:
-                raise ModelError(
-                    f"sampler and trainer differ by {gap:.3f} nats a token before any update; the model computes "
-                    f"something else with a cache than without, and PPO's ratio would be wrong: use another model"
-                )
+    def _policy_logps(self, model: nn.Module, batch: Batch) -> Tensor:
+        # With gradients only where layers are compiled for them. DDP would wait for a backward pass then.
+        compiled = self.levers.compile and not self.is_fsdp_enabled
+        with torch.set_grad_enabled(compiled):
+            return (self.model if compiled else model)(batch, part="policy").logps.detach()
 
     def after_step(self) -> bool:
         """Move on to the next minibatch, or the next rollout where `target_kl` is passed; True at the run's end."""
@@ -276,17 +285,28 @@ class PpoTrainer(ShardedTrainer):
         return state | {"rewards": self.play.collector.rewards.state_dict()}
 
     def load_stage_state(self, state: Mapping[str, Any]) -> None:
-        """Take `stage_state` back."""
+        """Take `stage_state` back; raises CheckpointError where the rollout's prompts are not those of its position."""
         self.position = Position(**state["position"])
+        rollout = self.position.rollout
+        prompts = [self.prompt_rows[row]["prompt_ids"] for row in self.play.schedule.prompt_rows(rollout)]
+        if self.experience and self.experience.prompt_ids != prompts:
+            raise other_rows(str(self.run.checkpoints), f"rollout {rollout} answered other prompts")
         self.kl_controller.load_state_dict(state["kl"])
         self.skipped = int(state["skipped"])
         self.play.collector.rewards.load_state_dict(state["rewards"])
 
     def train(self, resume_from_checkpoint: Any = None) -> Any:  # type: ignore[override]
-        """Train to the end; asserts that each minibatch that wasn't cut by ``target_kl`` was an optimizer step."""
+        """Train to the end; asserts that each minibatch that wasn't cut by ``target_kl`` was an optimizer step.
+
+        Raises GuardError where the reference moved; not known where weights are sharded.
+        """
         if resume_from_checkpoint is not None:
             self.experience = load_experience(Path(resume_from_checkpoint))
+        reference = self.play.collector.reference
+        sha256 = None if self.is_fsdp_enabled or self.is_deepspeed_enabled else reference.sha256()
         output = super().train(resume_from_checkpoint)
+        if sha256 is not None:
+            reference.refuse_moved(sha256)
         if self.state.global_step != self.play.schedule.steps - self.skipped:
             raise RuntimeError(
                 f"{self.state.global_step} optimizer steps, not {self.play.schedule.steps} − {self.skipped} skipped"

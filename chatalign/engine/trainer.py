@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from chatalign.engine.batching import (
     Batch,
     BinLoader,
     Bins,
+    BinSampler,
     Collate,
     count_tokens,
     make_bins,
@@ -36,6 +38,7 @@ from chatalign.engine.metrics import MetricSums, Stopwatch
 from chatalign.engine.model_setup import set_up
 from chatalign.engine.offloading import OffloadedActivations
 from chatalign.engine.optimizer_states import make_early
+from chatalign.engine.replay import SeenRows
 from chatalign.engine.sealed import SealedTrainer
 from chatalign.recipe import StageRecipe
 from chatalign.runs import Run
@@ -95,6 +98,7 @@ class StageTrainer(SealedTrainer):
         self._tokens = 0  # of this process since they were last added up
         self._first_bad = torch.full((), -1, device=args.device)
         self.shares = LossShares(self)
+        self.seen: SeenRows | None = None  # of a stage that trains on prepared rows
         self.add_callback(ShareGuard(self.shares))
         tracking.attach(self, recipe, run)
 
@@ -167,6 +171,8 @@ class StageTrainer(SealedTrainer):
         """The objective's loss, times the processes that DDP's mean will divide by; 0 for a filler."""
         assert num_items_in_batch is not None
         filler = bool(inputs.pop("filler", False))
+        if self.seen is not None:
+            self.seen.add(inputs.pop("bins"))
         with self._saving:
             loss, metrics = self.objective(model, inputs, num_items_in_batch)
         self.metric_sums.add(metrics, filler=filler)
@@ -258,8 +264,21 @@ class StageTrainer(SealedTrainer):
 
     # Checkpoints
 
+    def stage_state(self) -> dict[str, Any]:
+        """Which rows the run has seen."""
+        return {} if self.seen is None else {"seen": self.seen.state_dict()}
+
+    def load_stage_state(self, state: Mapping[str, Any]) -> None:
+        """Take `stage_state` back; raises CheckpointError where this run would see other rows."""
+        if self.seen is not None:
+            self.seen.go_on_from(state["seen"])
+
     def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:  # type: ignore[override]
         """Train to the end, or raise Interrupted after a signal, with a checkpoint saved."""
+        sampler = getattr(self.get_train_dataloader(), "batch_sampler", None)
+        if isinstance(sampler, BinSampler) and isinstance(self.train_dataset, Bins):
+            place = resume_from_checkpoint or str(self.run.folder)
+            self.seen = SeenRows(self.train_dataset, sampler, place)
         output = super().train(resume_from_checkpoint)
         self._raise_if_bad()
         return output

@@ -17,6 +17,15 @@ from torch import Tensor
 
 from chatalign.artifact import BaseModelRef
 from chatalign.errors import ModelError, RecipeError
+from chatalign.models.adapter_checks import (
+    other_adapter,
+    refuse_incomplete,
+    refuse_no_effect,
+    refuse_unread,
+    refuse_unsaved,
+    whole_shapes,
+)
+from chatalign.models.generation import refuse_other_stops
 from chatalign.models.load import (
     base_ref_of,
     disable_dropout,
@@ -73,6 +82,8 @@ def load_policy(recipe: StageRecipe, tokenizer: Any) -> Policy:
         disable_dropout(model)
     ready_to_train(model, gradient_checkpointing=bool(recipe.train.gradient_checkpointing) and is_adapter)
     reference = _reference(model, resolved, is_adapter) if with_reference else None
+    if reference is not None:
+        reference.refuse_trained()
     return Policy(model=model, reference=reference, base_ref=base_ref, is_adapter=is_adapter)
 
 
@@ -100,8 +111,16 @@ def _reference(model: Any, resolved: Resolved, is_adapter: bool) -> Reference:
 
 
 def ready_to_train(model: Any, *, gradient_checkpointing: bool) -> None:
-    """Train mode; float32 trainables or ModelError; inputs that carry gradients through checkpointed frozen layers."""
+    """Train mode; inputs that carry gradients through checkpointed frozen layers.
+
+    Raises ModelError where a trainable weight isn't float32, GuardError where one would not be saved.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
     refuse_half_precision(model)
+    if isinstance(model, PeftModel):
+        saved = get_peft_model_state_dict(model, adapter_name=DEFAULT, save_embedding_layers=False)
+        refuse_unsaved(model, saved, DEFAULT)
     if gradient_checkpointing:  # else a frozen embedding cuts the graph and the adapters get no gradient
         model.enable_input_require_grads()
     model.train()
@@ -195,6 +214,7 @@ def load_adapter_weights(model: Any, folder: Path, name: str, *, heads: bool = T
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     tensors = read_adapter(folder)
+    refuse_no_effect(folder, tensors)
     expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     if not heads:
         expected = {key for key in expected if "lora_" in key}
@@ -204,8 +224,8 @@ def load_adapter_weights(model: Any, folder: Path, name: str, *, heads: bool = T
     else:
         fill = {}
     if missing := sorted(expected - set(tensors)):
-        raise ModelError(
-            f"{folder}: {len(missing)} of the adapter's weights are missing, such as {missing[0]}; restore it"
+        raise other_adapter(
+            folder, f"{len(missing)} of the adapter's weights are missing, such as {missing[0]}", "restore its file"
         )
     if extra := sorted(set(tensors) - expected):
         raise ModelError(
@@ -217,6 +237,7 @@ def load_adapter_weights(model: Any, folder: Path, name: str, *, heads: bool = T
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise ModelError(f"{folder}: the adapter's shapes are not this base's ({reason}); use its own base") from None
+    refuse_unread(folder, tensors, get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -255,6 +276,8 @@ def save_model(
         _save_adapter(model, folder, base_ref, state_dict)
     else:
         inner.save_pretrained(folder, state_dict=state_dict, safe_serialization=True)
+        whole = dict(inner.named_parameters()) if state_dict is None else state_dict
+        refuse_incomplete(whole_shapes(inner), whole, folder)
     tokenizer.save_pretrained(folder)
     generation = getattr(inner, "generation_config", None)
     if generation is not None:
@@ -272,8 +295,10 @@ def _save_adapter(
     from safetensors.torch import save_file
 
     tensors = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=DEFAULT, save_embedding_layers=False)
+    refuse_unsaved(model, tensors, DEFAULT)
     saved = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(saved, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    refuse_incomplete(whole_shapes(model, DEFAULT), saved, folder)
     config = copy.deepcopy(model.peft_config[DEFAULT])
     config.inference_mode = True
     if config.modules_to_save:  # peft appends its classifier names again at every load
@@ -298,6 +323,8 @@ def load_inference(section: ModelSection, tokenizer: Any, *, quantization: Quant
     resolved = _resolve_policy(section)
     base_ref = base_ref_of(resolved)
     model = load_base(section, resolved, quantization=quantization)
+    if resolved.artifact is not None and not section.chat_template_path:
+        refuse_other_stops(resolved.source, tokenizer)
     fit_tokenizer(model, tokenizer)
     if resolved.adapter is not None:
         model = continue_adapter(model, resolved.adapter, None, base_ref)

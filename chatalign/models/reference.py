@@ -10,8 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from chatalign.errors import GuardError
+
 Way = Literal["adapter", "disabled", "copy"]
 REFERENCE_ADAPTER = "reference"
+WRONG_REFERENCE = "the reference is not the model that this run starts from"
 
 
 class Reference:
@@ -46,6 +49,28 @@ class Reference:
                 yield model
         finally:
             self._policy.train(was_training)
+
+    def refuse_trained(self) -> None:
+        """Raise GuardError where training the policy would move the reference: they share what is trained."""
+        trained = {name: p for name, p in self._policy.named_parameters() if p.requires_grad and p.numel()}
+        if self.module is not None:
+            own = {p.data_ptr() for p in self.module.parameters()}
+            shared = [name for name, p in self._policy.named_parameters() if p.numel() and p.data_ptr() in own]
+            mend = "install the versions of constraints.txt"
+        else:  # what belongs to no adapter is the base's, and is there without the adapter too
+            adapters = set(self._policy.peft_config) - {REFERENCE_ADAPTER}
+            shared = [name for name in trained if adapters.isdisjoint(name.split("."))]
+            mend = "set lora.bias to none, or train the SFT adapter without biases"
+        if shared:
+            raise GuardError(f"{WRONG_REFERENCE}: they share {len(shared)} weights, such as {shared[0]}; {mend}")
+
+    def refuse_moved(self, sha256_at_start: str) -> None:
+        """Raise GuardError where the weights are not those whose `sha256` was taken at the start."""
+        if self.sha256() != sha256_at_start:
+            raise GuardError(
+                f"{WRONG_REFERENCE}: its weights changed during training, so that the losses were wrong; let nothing "
+                f"but the trainer change weights"
+            )
 
     def sha256(self) -> str:
         """Hex sha256 of the reference's weights, names and bytes; the same all through a run."""

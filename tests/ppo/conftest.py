@@ -125,7 +125,7 @@ def sft_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -
         "model": {"name_or_path": str(tiny_model_folder)},
         "lora": LORA,
         "data": {"datasets": [{"path": str(rows)}]},
-        "train": {"learning_rate": 1e-2, "save_strategy": "no", "use_cpu": True},
+        "train": {"learning_rate": 1e-2, "warmup_steps": 0, "save_strategy": "no", "use_cpu": True},
     }
     sft.run(SftRecipe.model_validate(recipe))
     return folder / "run"
@@ -143,7 +143,7 @@ def train_reward(folder: Path, model: Path, over: dict[str, Any] | None = None) 
         "output_dir": str(folder / "run"),
         "model": {"name_or_path": str(model)},
         "data": {"datasets": [{"path": str(folder / "pairs.jsonl")}]},
-        "train": {"learning_rate": 1e-2, "save_strategy": "no", "use_cpu": True},
+        "train": {"learning_rate": 1e-2, "warmup_steps": 0, "save_strategy": "no", "use_cpu": True},
     }
     reward.run(RewardRecipe.model_validate(merge(recipe, over or {})))
     return folder / "run"

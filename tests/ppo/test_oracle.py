@@ -93,14 +93,15 @@ def test_each_step_is_the_oracles(make_recipe: Make, lora: dict[str, Any] | None
     with torch.no_grad():  # values that differ, or half of the advantage would go untested
         model.value_head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
         model.value_head.bias.fill_(-0.2)
+    model.value_from_zero = False
     start = copy.deepcopy(model)
     recorder = Recorder(model)
     trainer.add_callback(recorder)
     kept: list[Any] = []
     collect = trainer.play.collector.collect
 
-    def spy(*args: Any) -> Any:
-        kept.append(collect(*args))
+    def spy(*args: Any, **named: Any) -> Any:
+        kept.append(collect(*args, **named))
         return kept[-1]
 
     trainer.play.collector.collect = spy

@@ -32,7 +32,7 @@ def one_by_one(folder: Path, sequences: list[list[int]]) -> list[float]:
 def spied(trainer: Any) -> list[Any]:
     kept: list[Any] = []
     collect = trainer.play.collector.collect
-    trainer.play.collector.collect = lambda *args: kept.append(collect(*args)) or kept[-1]
+    trainer.play.collector.collect = lambda *args, **named: kept.append(collect(*args, **named)) or kept[-1]
     return kept
 
 

@@ -18,7 +18,7 @@ from tiny import make_llama
 
 from chatalign import ppo
 from chatalign.check import refuse_first
-from chatalign.errors import DependencyError, ModelError, RecipeError, RolloutError
+from chatalign.errors import DependencyError, GuardError, ModelError, RecipeError, RolloutError
 from chatalign.recipe import PpoRecipe, PpoSection
 from chatalign.recipe.load import merge
 
@@ -100,7 +100,7 @@ def test_truncation_is_weighed(make_served: Make, settings: dict[str, Any]) -> N
 def test_raw_logprobs_are_refused_before_any_update(make_served: Make, server: FakeServer) -> None:
     server.engine.logprobs_mode = "raw_logprobs"
     recipe = make_served("run", {"ppo": {"temperature": 0.6}})
-    with pytest.raises(ModelError, match=r"nats a token off .* start it with --logprobs-mode processed_logprobs") as it:
+    with pytest.raises(GuardError, match=r"nats a token .* start vLLM with --logprobs-mode processed_logprobs") as it:
         ppo.run(recipe)
     assert "\n" not in str(it.value)
     assert not (Path(recipe.output_dir) / "model").exists()
@@ -115,7 +115,7 @@ def test_another_base_on_the_server_is_refused(
     with serving(other) as server:
         section = {"rollout_engine": "vllm_server", "vllm_server_base_url": server.url}
         recipe = make_recipe("run", {"lora": LORA, "model": {"name_or_path": str(sharp_folder)}, "ppo": section})
-        with pytest.raises(ModelError, match="on the base that the recipe's model hangs on"):
+        with pytest.raises(GuardError, match="on the base that the recipe's model hangs on"):
             ppo.run(recipe)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from chatalign import dpo, pretrain, reward, sft
 from chatalign.artifact import load_artifact, sha256_weights, verify_files
 from chatalign.engine.dpo_trainer import DpoTrainer
-from chatalign.errors import ArtifactError, ModelError, RecipeError
+from chatalign.errors import ArtifactError, GuardError, ModelError, RecipeError
 from chatalign.models.adapters import load_policy
 from chatalign.models.heads import load_reward_model
 from chatalign.models.tokenizer import load_tokenizer
@@ -177,7 +177,7 @@ def test_dpo_refuses_a_reference_that_is_not_its_start(
         return policy
 
     monkeypatch.setattr(dpo, "load_policy", with_another_reference)
-    with pytest.raises(ModelError, match="the reference is not the model that this run starts from"):
+    with pytest.raises(GuardError, match="the reference is not the model that this run starts from"):
         dpo.run(recipe)
 
 
@@ -193,7 +193,7 @@ def test_dpo_refuses_a_reference_that_moved(
         return objective(self, *arguments)
 
     monkeypatch.setattr(DpoTrainer, "objective", moves_it)
-    with pytest.raises(ModelError, match="reference's weights changed"):
+    with pytest.raises(GuardError, match="its weights changed during training"):
         dpo.run(recipe)
 
 
