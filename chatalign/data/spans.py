@@ -181,6 +181,9 @@ def _fill(shape: _Shape, messages: Messages, text: str) -> Rendered | None:
             at = starts[-1] + len(literal)
         filled = "".join(pieces)
         if filled == text or (shape.append_stop and text.startswith(filled) and not text[len(filled) :].strip()):
-            spans = tuple([(starts[a] + b, starts[c] + d) for (a, b), (c, d) in shape.spans])
-            return Rendered(filled, spans, shape.append_stop)
+            spans = [(starts[a] + b, starts[c] + d) for (a, b), (c, d) in shape.spans]
+            if shape.append_stop:  # EOS goes after the last word, as `_stop` has it
+                filled = filled.rstrip()
+                spans[-1] = (spans[-1][0], len(filled))
+            return Rendered(filled, tuple(spans), shape.append_stop)
     return None

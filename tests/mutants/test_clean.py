@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data.chat_families import CHATML_PLAIN, NEXT_ROLE, PLAIN, THINKING, TOOLS, make
 
 from chatalign import evaluate
 from chatalign.artifact import load_artifact
 from chatalign.chat.window import open_conversation
-from chatalign.check import check_recipe, tokenizer_finding
+from chatalign.check import check_recipe, token_findings
 from chatalign.data import Kind, prepare
-from chatalign.models.tokenizer import load_tokenizer
+from chatalign.models.tokenizer import load_tokenizer, text_hashes
 from chatalign.pipeline import run_stage
 from chatalign.recipe import DataSection, EvalRecipe, ModelSection
 from mutants.clean_recipes import FAMILIES, RECIPES, clean_recipe, write_models, write_rows
 
+# Llama 2's shape: each round of question and answer has a BOS of its own.
+ROUND = (
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'system' %}{{ raise_exception('no system turns') }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+_TOKENS = ("<|im_start|>", "<|eor|>")
 ROWS_OF_A_KIND: dict[str, Kind] = {
     "turns": "conversation",
     "sharegpt": "conversation",
@@ -27,6 +35,13 @@ ROWS_OF_A_KIND: dict[str, Kind] = {
     "prompts": "prompt",
     "text": "text",
 }
+
+
+def named_templates() -> Any:
+    """A tokenizer with a template for chat and one for tools."""
+    tokenizer = make.__wrapped__(CHATML_PLAIN, "<|im_end|>", None, ("<|im_start|>",))
+    tokenizer.chat_template = {"default": CHATML_PLAIN, "tool_use": TOOLS}
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +68,8 @@ def finished(name: str, folder: Path) -> Path:
         if needed:
             finished(needed, folder)
     if not (Path(recipe.output_dir) / "artifact.json").is_file():
-        problems = [str(finding.problem) for finding in check_recipe(recipe) if finding.problem]
-        last = tokenizer_finding(recipe)
-        assert problems == []
-        assert last is None or last.problem is None, last.problem
+        findings = [*check_recipe(recipe), *token_findings(recipe)]
+        assert [str(finding.problem) for finding in findings if finding.problem] == []
         run_stage(recipe)
     return Path(recipe.output_dir)
 
@@ -77,6 +90,51 @@ def test_clean_rows_of_every_kind_are_prepared_anew_and_from_what_was_kept(place
     for _ in range(2):
         prepared = prepare(section, tokenizer, ROWS_OF_A_KIND[rows], seed=0)
         assert [used.dropped for used in prepared.used] == [{}]
+
+
+# What a user may do to the `data:` section and to a template's file without anything being wrong.
+SECTIONS: dict[str, dict[str, Any]] = {
+    "held-out share": {"eval_fraction": 0.4},
+    "held-out file": {"eval_datasets": [{"path": "other.jsonl"}]},
+    "weights": {"datasets": [{"path": "turns.jsonl", "weight": 2}, {"path": "sharegpt.jsonl", "weight": 1}]},
+    "system text": {"datasets": [{"path": "strings.jsonl", "system": "You are brief."}]},
+    "all tokens": {"supervise": "all"},
+    "two processes": {"num_proc": 2},
+    "long rows dropped": {"on_overlong": "drop"},
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_clean_sections_are_prepared(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    raw: dict[str, Any] = {"datasets": [{"path": "turns.jsonl"}], "max_length": 256} | SECTIONS[name]
+    Path("other.jsonl").write_text('{"prompt": "What is the answer?", "completion": "Paris"}\n')
+    recipe: Any = clean_recipe("sft", place).model_copy(update={"data": DataSection.model_validate(raw)})
+    assert [finding.problem for finding in check_recipe(recipe) if finding.problem] == []
+    assert [finding.problem for finding in token_findings(recipe) if finding.problem] == []
+    prepare(recipe.data, load_tokenizer(recipe.model), "conversation", seed=0)
+
+
+# Templates with a trait that a guard might take for a fault, each exact all the same.
+TRAITS = {
+    "thoughts on the last reply only": make(THINKING, "<|im_end|>", None, ("<|im_start|>",)),
+    "a turn ends where the next role begins": make(NEXT_ROLE, "<|endoftext|>", None, ("<|user|>", "<|assistant|>")),
+    "tools": make(TOOLS, "<|im_end|>", None, ("<|im_start|>",)),
+    "a space before the reply": make(PLAIN, "<|end|>"),
+    "two stop tokens": make(CHATML_PLAIN.replace("<|im_end|>", "<|eor|><|im_end|>"), "<|im_end|>", None, _TOKENS),
+    "BOS in each round": make("{% for m in messages %}" + ROUND, "</s>", "<s>", metaspace="first"),
+    "several by name": named_templates(),
+}
+
+
+@pytest.mark.parametrize("rows", ["turns", "pairs", "prompts"])
+@pytest.mark.parametrize("trait", TRAITS)
+def test_templates_with_a_trait_are_clean(place: Path, tmp_path: Path, trait: str, rows: str) -> None:
+    TRAITS[trait].save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(ModelSection(tokenizer_name_or_path=str(tmp_path)), chat=True)
+    data = DataSection(datasets=[{"path": str(place / f"{rows}.jsonl")}], max_length=256)
+    assert [used.dropped for used in prepare(data, tokenizer, ROWS_OF_A_KIND[rows], seed=0).used] == [{}]
+    assert text_hashes(tokenizer, tmp_path)["chat_template_sha256"]
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo-on-its-adapter", "sft-last-reply", "ppo-by-function", "ppo-by-model"])
