@@ -175,6 +175,7 @@ def media_problem(name: str) -> tuple[str, str]:
 
 def read_tools(value: Any, field: str = "tools") -> Tools | None:
     """Tools as a list of JSON schemas, from a list, one schema, or JSON text of these; None where there are none."""
+    text = isinstance(value, str)
     if isinstance(value, str):
         value = parse_json(value, field) if value.strip() else None
     if value in (None, [], {}):
@@ -184,9 +185,17 @@ def read_tools(value: Any, field: str = "tools") -> Tools | None:
     if not isinstance(value, list):
         raise BadRow(field, f"is {kind_of(value)}, not a list of tool schemas", _TOOLS_MEND)
     tools = [parse_json(tool, f"{field}[{i}]") if isinstance(tool, str) else tool for i, tool in enumerate(value)]
+    tools = tools if text else _without_nulls(tools)
     if not all(isinstance(tool, dict) for tool in tools):
         raise BadRow(field, f"is {kind_of(value)}, not a list of tool schemas", _TOOLS_MEND)
     return tools
+
+
+def _without_nulls(value: Any) -> Any:
+    """An object without the keys that hold null: parquet fills the objects of a column up with each other's keys."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 _TOOLS_MEND = 'write [{"name": …, "parameters": …}]'
@@ -261,7 +270,8 @@ def parse_json(text: str, field: str) -> Any:
 
 def _read_calls(value: Any, field: str) -> list[dict[str, Any]]:
     """Calls from one, a list, or JSON text of either; an ``id`` stays until the results are paired with them."""
-    value = parse_json(value, field) if isinstance(value, str) else value
+    text = isinstance(value, str)
+    value = parse_json(value, field) if text else value
     calls = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -270,6 +280,8 @@ def _read_calls(value: Any, field: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             arguments = parse_json(arguments, f"{field}.arguments") if arguments.strip() else {}
+        elif not text:
+            arguments = _without_nulls(arguments)
         if not isinstance(arguments, dict | None):
             raise BadRow(f"{field}.arguments", f"is {kind_of(arguments)}, not an object", 'write {"name": value, …}')
         made = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}

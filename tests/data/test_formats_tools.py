@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from bad_rows import m
 from chat_families import BY_NAME, tokenizer_of
@@ -12,6 +15,7 @@ from chat_families import BY_NAME, tokenizer_of
 from chatalign.data.chat import chat_encoder, encode_conversation
 from chatalign.data.formats import format_of, normalise
 from chatalign.data.rows import BadRow, Conversation
+from chatalign.data.sources import read_source
 from chatalign.recipe import DatasetSource
 
 ADD = {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
@@ -96,6 +100,25 @@ def test_a_turn_of_calls_needs_no_content() -> None:
 def test_calls_without_arguments() -> None:
     made = norm(with_calls([{"name": "now"}, openai_call("now", ""), openai_call("now", None)], {"content": "3"}))
     assert [call["function"] for call in made.messages[1]["tool_calls"]] == [{"name": "now", "arguments": {}}] * 3
+
+
+def test_parquets_nulls_are_no_arguments_and_no_schemas(tmp_path: Path) -> None:
+    def row(name: str, arguments: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": schema}}}
+        return with_calls([openai_call(name, arguments)], {"content": "3"}, tools=[tool])
+
+    rows = [row("add", {"a": 1}, {"a": {"type": "integer"}}), row("say", {"b": "x"}, {"b": {"enum": ["x"]}})]
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    kept = [raw for _, raw in read_source(DatasetSource(path=str(file)))]
+    assert kept[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}
+    assert [norm(raw) for raw in kept] == [norm(raw) for raw in rows]
+
+
+def test_nulls_in_json_text_stay() -> None:
+    made = norm(with_calls([openai_call("add", '{"a": null}')], {"content": "3"}, tools='[{"name": "f", "x": null}]'))
+    assert made.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
+    assert made.tools == [{"name": "f", "x": None}]
 
 
 def test_openais_older_call_is_one_call() -> None:
