@@ -17,11 +17,14 @@ from tiny import make_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import chatalign.merge
+from chatalign import dpo
+from chatalign.engine.dpo_trainer import DpoTrainer
 from chatalign.engine.ppo_critic import _critic
 from chatalign.merge import merge
 from chatalign.models import adapters
 from chatalign.models.adapters import load_policy, save_model
 from chatalign.models.load import load_tokenizer
+from chatalign.models.reference import Reference
 from chatalign.recipe import ModelSection
 from mutants.guard_table import named
 
@@ -44,6 +47,21 @@ def sft_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Pat
 def adapter(tmp_path: Path, sft_adapter: Path) -> Path:
     """An adapter of one's own to spoil."""
     return Path(shutil.copytree(sft_adapter, tmp_path / "adapter"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of preferences."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": f"{word} world", "chosen": "thank you!", "rejected": "hello"} for word in ("1 +", "the", "of")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def dpo_run(folder: Path, pairs: str, start: Path) -> None:
+    train = {"max_steps": 1, "save_strategy": "no", "use_cpu": True}
+    sections = {"data": {"datasets": [{"path": pairs}]}, "train": train}
+    dpo.run(make_recipe("dpo", start, output_dir=str(folder), **sections))
 
 
 # 27: what trains is saved
@@ -209,3 +227,32 @@ def test_a_save_that_loses_something(tiny_model_folder: Path, tmp_path: Path, fa
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_model_folder)))
     with named(33):
         save_model(policy.model, tokenizer, tmp_path)
+
+
+# 34 in DPO: PPO's are in test_ppo.py
+
+
+def test_dpo_against_the_base_and_not_the_sft_adapter(
+    sft_adapter: Path, tmp_path: Path, pairs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "_reference", lambda model, *_: Reference(model, way="disabled"))
+    with named(34):
+        dpo_run(tmp_path / "run", pairs, sft_adapter)
+
+
+def test_dpo_without_its_reference(
+    tiny_model_folder: Path, tmp_path: Path, pairs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a trainer whose reference is None, and whose log-ratios are then the policy's own log-probabilities.
+    monkeypatch.setattr(DpoTrainer, "_reference_logprobs", lambda self, batch: torch.zeros(batch["num_sequences"]))
+    with named(34):
+        dpo_run(tmp_path / "run", pairs, tiny_model_folder)
+
+
+def test_a_dpo_loss_that_leaves_the_reference_out(
+    sft_adapter: Path, tmp_path: Path, pairs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss_of = DpoTrainer.loss_of
+    monkeypatch.setattr(DpoTrainer, "loss_of", lambda self, logps, ref, lengths: loss_of(self, logps, 0 * ref, lengths))
+    with named(34):
+        dpo_run(tmp_path / "run", pairs, sft_adapter)
