@@ -17,6 +17,7 @@ from chatalign.engine import levers
 from chatalign.engine.defaults import learning_rate
 from chatalign.errors import RecipeError
 from chatalign.models.adapters import save_model
+from chatalign.models.generation import refuse_other_stops
 from chatalign.models.heads import refuse_unsaved_score
 from chatalign.models.tokenizer import text_hashes
 from chatalign.phases import phase
@@ -154,6 +155,8 @@ def finish(
         save_model(model, tokenizer, run.model_folder, base_ref=base_ref, state_dict=state_dict)
         if kind in ("reward_model", "reward_adapter"):
             refuse_unsaved_score(model, run.model_folder, state_dict)
+        elif getattr(model, "generation_config", None) is not None:
+            refuse_other_stops(run.model_folder, tokenizer)
         hashes = text_hashes(tokenizer, run.model_folder)
         artifact = artifact.model_copy(update={"files": hash_files(run.folder), **hashes})
         artifact.save(run.folder)

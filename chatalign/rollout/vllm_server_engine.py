@@ -13,6 +13,7 @@ from torch import distributed
 
 from chatalign.errors import ChatalignError, RolloutError
 from chatalign.rollout.interface import Rollout, Sampling
+from chatalign.rollout.overrides import refuse_overridden
 from chatalign.rollout.sampler import seeds_of
 from chatalign.rollout.vllm_adapter import write_adapter
 from chatalign.rollout.vllm_client import VllmClient
@@ -53,6 +54,8 @@ class VllmServerRollout:
         """
         seeds = seeds_of(prompt_ids, row_seeds)
         fields = [sampling_fields(sampling, seed, vocabulary=self.vocabulary) for seed in seeds]
+        for field in fields[:1]:
+            refuse_overridden(field, getattr(self.model, "generation_config", None))
         with self._served_adapter() as name:
             return rollout_of(self.client.complete_all(name, prompt_ids, fields), sampling)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,11 +16,15 @@ from tiny import make_llama
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 
-from chatalign.engine import attention, batching
+from chatalign import dpo
+from chatalign.engine import attention, batching, dpo_trainer
+from chatalign.engine.dpo_guard import refuse_other_loss
 from chatalign.engine.guard import refuse_shared_seeds
 from chatalign.engine.lm_trainer import LmTrainer
 from chatalign.engine.ppo_schedule import Schedule
-from chatalign.recipe import validate_stage
+from chatalign.maths.preference import dpo_loss
+from chatalign.maths.preference_losses import DPOLossType
+from chatalign.recipe import DpoSection, validate_stage
 from chatalign.rollout import Sampling, TransformersRollout
 from mutants.guard_table import named
 
@@ -181,3 +186,61 @@ def test_two_processes_that_draw_alike() -> None:
     alike = [Schedule.of(recipe, prompts=8, rank=0, world_size=2) for _ in range(2)]
     with named(26):
         refuse_shared_seeds([one.own(one.episodes(1)) for one in alike], rollout=1)
+
+
+# 36: another loss than the recipe's
+
+
+def dpo_recipe(folder: Path, base: Path, **section: Any) -> Any:
+    rows = [{"prompt": f"{i}?", "chosen": f"{i}.", "rejected": "no"} for i in range(4)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    raw = {"stage": "dpo", "output_dir": str(folder / "run"), "model": {"name_or_path": str(base)}, "dpo": section}
+    raw |= {"data": {"datasets": [{"path": str(folder / "pairs.jsonl")}]}, "train": {"max_steps": 1, "use_cpu": True}}
+    return validate_stage(raw, where="test")
+
+
+@pytest.mark.parametrize("ignored", [{"loss_type": ["sigmoid", "sft"]}, {"beta": 0.2}, {"loss_weights": None}])
+def test_a_setting_of_the_loss_that_is_ignored(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, ignored: dict[str, Any]
+) -> None:
+    computed = dpo_trainer.dpo_loss
+
+    def ignoring(**settings: Any) -> Any:
+        return computed(**settings | (ignored if settings.get("loss_weights") else {}))
+
+    monkeypatch.setattr(dpo_trainer, "dpo_loss", ignoring)
+    with named(36):
+        dpo.run(dpo_recipe(tmp_path, tiny_model_folder, loss_type="hinge", sft_weight=0.5))
+
+
+@pytest.mark.parametrize("loss_type", get_args(DPOLossType))
+def test_every_loss_is_what_it_is_by_hand(loss_type: DPOLossType) -> None:
+    """Value and slopes of the whole list at a margin of 0, and every other loss of the list is told from it."""
+    for beta in (0.1, 0.5):
+        section = DpoSection(loss_type=loss_type, beta=beta, label_smoothing=0.1 if loss_type == "exo_pair" else 0.0)
+        refuse_other_loss(section, loss_by(section))
+        alike = {"sigmoid", "robust", "aot", "aot_unpaired"}  # on one pair without smoothing
+        for other in set(get_args(DPOLossType)) - {loss_type, "exo_pair"}:
+            if {loss_type, other} <= alike:
+                continue
+            with named(36):
+                refuse_other_loss(
+                    section, loss_by(section.model_copy(update={"loss_type": other, "label_smoothing": 0.0}))
+                )
+
+
+def loss_by(section: DpoSection) -> Any:
+    def loss_of(logps: torch.Tensor, ref: torch.Tensor, lengths: torch.Tensor) -> Any:
+        return dpo_loss(
+            chosen_logps_B=logps[0::2],
+            rejected_logps_B=logps[1::2],
+            ref_chosen_logps_B=ref[0::2],
+            ref_rejected_logps_B=ref[1::2],
+            loss_type=section.loss_type,
+            beta=section.beta,
+            label_smoothing=section.label_smoothing,
+            chosen_lengths_B=lengths[0::2],
+            rejected_lengths_B=lengths[1::2],
+        )
+
+    return loss_of
