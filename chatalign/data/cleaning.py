@@ -63,11 +63,11 @@ class Cleaner:
 
     The filters come first, then contamination, exact duplicates and near-duplicates, so that a row which is left out
     for itself is nobody's original. `rows` is how many rows of ``datasets`` there are at most; n-grams are written to
-    `scratch`.
+    `folder`. A context manager: at its end those files are gone.
     """
 
-    def __init__(self, clean: CleanSection, *, rows: int, scratch: Path) -> None:
-        self.clean, self.scratch, self.most, self.count = clean, scratch, rows, 0
+    def __init__(self, clean: CleanSection, *, rows: int, folder: Path) -> None:
+        self.clean, self.folder, self.most, self.count = clean, folder, rows, 0
         bands = banding(clean.near_duplicates)[0] if clean.near_duplicates else 0
         self.files: list[tuple[int, str, int]] = []  # source, file and its first row here
         self.numbers = np.zeros(rows, np.int64)
@@ -77,7 +77,7 @@ class Cleaner:
         self.digests = np.zeros((rows if clean.exact_duplicates else 0, 2), np.uint64)
         self.bands: Hashes = np.zeros((rows if bands else 0, bands), np.uint64)
         self.shingles: list[Spilled] = []
-        self.ngrams = Spilled(scratch / "ngrams", rows)
+        self.ngrams = Spilled(folder, rows)
         self.held_out: list[Hashes] = []
 
     def add_held_out(self, profiles: Profiles) -> None:
@@ -95,13 +95,18 @@ class Cleaner:
             self.digests[new] = np.frombuffer(profiles.digests, np.uint64).reshape(-1, 2)
         if self.clean.near_duplicates and profiles.numbers:
             self.bands[new] = profiles.bands
-            self.shingles = self.shingles or [
-                Spilled(self.scratch / f"shingles-{part}", self.most) for part in range(len(profiles.shingles))
-            ]
+            self.shingles = self.shingles or [Spilled(self.folder, self.most) for _ in profiles.shingles]
             for spilled, shingles in zip(self.shingles, profiles.shingles, strict=True):
                 spilled.append(shingles)
         self.ngrams.append(profiles.ngrams)
         self.count = new.stop
+
+    def __enter__(self) -> Cleaner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for spilled in (self.ngrams, *self.shingles):
+            spilled.close()
 
     def _why(self, reason: str) -> int:
         if reason not in self.why:
@@ -110,8 +115,6 @@ class Cleaner:
 
     def decide(self) -> list[tuple[int, str, LeftOut]]:
         """The rows that are left out: source, file, and which of it."""
-        for spilled in (self.ngrams, *self.shingles):
-            spilled.written()
         clean = self.clean
         if clean.decontaminate:
             self._leave_out(self._contaminated(), f"shares {clean.decontaminate} words in a row with an eval row")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -81,13 +82,12 @@ class Ragged:
 
 
 class Spilled(Sequence[Hashes]):
-    """Arrays on disk, in order; only their lengths are in memory."""
+    """Arrays in a nameless file, in order; only where each begins is in memory. First all are appended, then read."""
 
-    def __init__(self, path: Path, rows: int) -> None:
-        self._file = path.open("wb")
+    def __init__(self, folder: Path, rows: int) -> None:
+        self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
         self._starts = np.zeros(rows + 1, np.int64)
         self._count = 0
-        self._flat: Hashes = NO_HASHES
 
     def append(self, arrays: Ragged) -> None:
         """Write arrays behind those that are there."""
@@ -96,21 +96,23 @@ class Spilled(Sequence[Hashes]):
         self._count += len(arrays.lengths)
         self._starts[first : self._count + 1] = start + np.cumsum(arrays.lengths)
 
-    def written(self) -> None:
-        """From now on they are read."""
+    def close(self) -> None:
+        """The file goes."""
         self._file.close()
-        if self._starts[self._count]:
-            self._flat = np.memmap(self._file.name, np.uint64, "r")
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, row: Any) -> Any:
-        return np.asarray(self._flat[self._starts[row] : self._starts[row + 1]])
+        return self._read(self._starts[row], self._starts[row + 1])
+
+    def _read(self, first: np.int64, last: np.int64) -> Hashes:
+        # Read, not mapped: pages of a map count as this process's memory, as many as the file has.
+        self._file.seek(int(first) * 8)
+        return np.frombuffer(self._file.read(int(last - first) * 8), np.uint64)
 
     def block(self, first: int, last: int) -> tuple[Hashes, NDArray[np.int64]]:
         """The arrays of rows first to last, end to end, and the row of each item."""
         last = min(last, self._count)
         lengths = np.diff(self._starts[first : last + 1])
-        flat = np.asarray(self._flat[self._starts[first] : self._starts[last]])
-        return flat, np.repeat(np.arange(first, last), lengths)
+        return self._read(self._starts[first], self._starts[last]), np.repeat(np.arange(first, last), lengths)

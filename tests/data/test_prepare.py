@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from chatalign.data import check_data, prepare
 from chatalign.data.chat import Encoded, EncodedPair
 from chatalign.data.lengths import Dropped, cut_document, fit_conversation, fit_pair, fit_prompt
-from chatalign.data.mixing import is_eval, mixture, prompt_hash
+from chatalign.data.mixing import is_eval, prompt_hash
 from chatalign.data.rows import Conversation
 from chatalign.errors import DataError, TemplateError
 from chatalign.recipe import DataSection
@@ -96,19 +96,6 @@ def test_training_rows_that_are_evaluated_are_left_out_and_counted(tmp_path: Pat
     assert made.eval is not None
     assert len(made.eval) == 2
     assert made.used[0].dropped == {"its prompt is in eval_datasets": 1}
-
-
-def test_mixture_shares_and_determinism() -> None:
-    assert mixture([2, 1], [None, None], seed=0) == [(0, 0), (0, 1), (1, 0)]
-    drawn = mixture([90, 10], [1.0, 1.0], seed=3)
-    assert len(drawn) == 100
-    assert sorted(row for source, row in drawn if source == 1) == sorted(list(range(10)) * 5)  # five whole passes
-    first = [row for source, row in drawn if source == 0]
-    assert len(first) == len(set(first)) == 50
-    assert drawn == mixture([90, 10], [1.0, 1.0], seed=3)
-    assert drawn != mixture([90, 10], [1.0, 1.0], seed=4)
-    with pytest.raises(ValueError, match="source 1 has a weight and no rows"):
-        mixture([3, 0], [1.0, 1.0], seed=0)
 
 
 def test_weighted_sources_reach_the_dataset(tmp_path: Path) -> None:
