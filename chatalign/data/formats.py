@@ -6,7 +6,7 @@ source's ``columns`` map, and the error says which (:mod:`chatalign.data.mapping
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -26,7 +26,7 @@ SCHEMA_COLUMNS = (
     *("instruction", "input", "output", "history"),
 )
 _READ_COLUMNS = (*SCHEMA_COLUMNS, "functions", "kto_tag")
-TURN_KEYS = ("role", "content")  # a `columns` map names these too: they are keys of turns, not columns
+TURN_KEYS = ("role", "content", "train", "reasoning_content")  # of turns, and named in a `columns` map all the same
 KINDS_OF: dict[Format, tuple[Kind, ...]] = {
     "messages": ("conversation", "prompt"),
     "sharegpt": ("conversation", "prompt"),
@@ -88,7 +88,7 @@ def _has_label(row: RawRow, shown: list[Format]) -> bool:
         return False
     if shown == ["alpaca"]:  # instructions are often labelled by their kind
         return row.get("kto_tag") is not None or row["label"] in (True, False)
-    return bool(shown) or isinstance(row.get("completion"), list)
+    return bool(shown) or isinstance(row.get("completion"), list) or looks_like_turns(row.get("completion"))
 
 
 def rename(row: RawRow, source: DatasetSource) -> RawRow:
@@ -109,8 +109,20 @@ def rename(row: RawRow, source: DatasetSource) -> RawRow:
     renamed |= {ours: row[theirs] for ours, theirs in columns.items()}
     if keys or source.roles:
         turns = {name: rename_turns(renamed[name], keys, source.roles) for name in _WITH_TURNS if name in renamed}
+        _check_keys(turns, keys)
         renamed |= turns
     return renamed
+
+
+def _check_keys(columns: Mapping[str, Any], keys: Mapping[str, str]) -> None:
+    """Raise BadRow where a map names a key that none of a row's turns has: misspelt, it would be left out silently."""
+    turns = [turn for value in columns.values() if isinstance(value, list) for turn in value if isinstance(turn, dict)]
+    held = {key for turn in turns for key in turn}
+    for ours, theirs in keys.items():
+        if turns and ours not in held:
+            raise BadRow(
+                theirs, f"`columns.{ours}` names a key that no turn has", f"the turns' are {listed(sorted(held))}"
+            )
 
 
 def check_columns_map(source: DatasetSource) -> None:

@@ -17,7 +17,7 @@ _PROMPTS = ("prompt", "question", "query", "instruction", "problem", "input", "a
 _REPLIES = ("completion", "response", "answer", "output", "solution", "generation", "corrected", "summary", "message_2")
 _CONTEXTS = ("context", "article", "passage", "document")
 _OTHERS: dict[str, tuple[str, ...]] = {
-    "chosen": ("chosen", "chosen_response", "preferred", "preferred_output"),
+    "chosen": ("chosen", "chosen_response", "preferred", "preferred_output", "response"),
     "rejected": ("rejected", "rejected_response", "dispreferred", "non_preferred_output"),
     "label": ("label", "kto_tag", "thumb", "is_good"),
     "text": ("text", "content", "document", "body", "article"),
@@ -34,6 +34,12 @@ _REFUSED: list[tuple[set[str], str, str]] = [
         {"segments"},
         "template-free segments, each with its own label",
         "write prompt and completion, with data.apply_chat_template: false",
+    ),
+    ({"prompt", "answers"}, "several answers to a prompt", "write pairs of them as prompt, chosen and rejected"),
+    (
+        {"messages", "rejected_response"},
+        "a conversation with a second reply beside it",
+        "write the conversation with either reply, as chosen and rejected",
     ),
     ({"input_ids"}, "token ids, and chatalign makes its own", "give the text that they were made of"),
     (

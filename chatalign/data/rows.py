@@ -1,8 +1,8 @@
 """The one schema that every format is brought to, and the error that names a bad row.
 
 Messages are dicts with ``role`` (system, user, assistant, tool), ``content`` (text) and, on assistant turns that
-call tools, ``tool_calls``. ``raw`` marks rows whose prompt and completion were plain strings: they can do without a
-chat template.
+call tools, ``tool_calls``; ``train: False`` is on a demonstration's replies that aren't to be learned. ``raw`` marks
+rows whose prompt and completion were plain strings: they can do without a chat template.
 """
 
 from __future__ import annotations

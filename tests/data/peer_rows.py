@@ -105,6 +105,8 @@ PEER_ROWS = [
     PeerRow("handbook ultrachat_200k", "conversation", {"prompt": "hi", "prompt_id": "x", "messages": m("hi", "yes")}, PLAIN),
     PeerRow("handbook OpenHermes-2.5", "conversation", {"conversations": [{"from": "human", "value": "hi", "weight": None}, {"from": "gpt", "value": "yes", "weight": None}], "source": "x"}, PLAIN),
     PeerRow("handbook dpo-mix-7k", "preference", {"dataset": "x", "chosen": m("a", "b", "c", "yes"), "rejected": m("a", "b", "c", "no")}, pair("a", "b", "c")),
+    PeerRow("ms-swift", "preference", {"query": "hi", "response": "yes", "rejected_response": "no"}, pair("hi", raw=True), "`columns: {prompt: query, chosen: response, rejected: rejected_response}`"),
+    PeerRow("a conversation in CSV", "unpaired", {"completion": '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]', "label": "1"}, UP),
     PeerRow("Dolly", "conversation", {"instruction": "add", "context": "1 2", "response": "3", "category": "x"}, Conversation(messages=m("add\n1 2", "3")), "`columns: {input: context, output: response}`"),
     PeerRow("Alpaca", "conversation", {"instruction": "hi", "input": "", "output": "yes", "text": "Below is an instruction …"}, PLAIN),
     PeerRow("Alpaca", "text", {"instruction": "hi", "input": "", "output": "yes", "text": "Below …"}, Text(text="Below …"), "`format: text`"),
@@ -117,7 +119,9 @@ PEER_ROWS = [
 
 # What no key makes readable: the stage, the row, and what has to be said.
 REFUSED = [
-    ("reward", {"prompt": "2 + 2?", "completions": ["a", "b"], "labels": [True, False]}, "hold a label for each step (stepwise supervision), which no stage learns from; write each whole reply as a row with prompt, completion and label"),
+    ("preference", {"prompt": "2 + 2?", "completions": ["a", "b"], "labels": [True, False]}, "hold a label for each step (stepwise supervision), which no stage learns from; write each whole reply as a row with prompt, completion and label"),
+    ("preference", {"prompt": "hi", "answers": [{"answer": "yes", "rank": 1}]}, "hold several answers to a prompt; write pairs of them as prompt, chosen and rejected"),
+    ("preference", {"messages": m("hi", "yes"), "rejected_response": "no"}, "hold a conversation with a second reply beside it; write the conversation with either reply, as chosen and rejected"),
     ("conversation", {"segments": [{"label": False, "text": "hi"}, {"label": True, "text": "yes"}]}, "hold template-free segments, each with its own label; write prompt and completion, with data.apply_chat_template: false"),
     ("conversation", {"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1, 1]}, "hold token ids, and chatalign makes its own; give the text that they were made of"),
     ("conversation", {"question": "which?", "choices": ["a", "b"], "solution": "a"}, "hold multiple-choice questions; write the choices into the question, and question and answer as prompt and completion"),

@@ -47,7 +47,6 @@ def test_what_could_mean_several_things_names_the_key_that_settles_it(row: PeerR
 
 @pytest.mark.parametrize(("kind", "row", "line"), REFUSED)
 def test_what_no_key_makes_readable_is_refused_by_name(kind: Any, row: dict[str, Any], line: str) -> None:
-    kind = "preference" if kind == "reward" else kind
     with pytest.raises(DataError, match=re.escape(line)):
         format_of(DatasetSource(path="rows.json"), row, kind)
 
@@ -83,6 +82,16 @@ def test_llama_factorys_tags_are_roles_and_columns() -> None:
     made = norm(row, "conversation", columns={"messages": "dialog", "role": "speaker", "content": "text"}, roles=roles)
     assert [turn["role"] for turn in made.messages] == ["user", "assistant", "tool", "assistant"]
     assert made.messages[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+
+
+def test_marks_and_thoughts_under_the_files_own_keys() -> None:
+    turns = [*m("a"), {"role": "assistant", "content": "b", "learn": 0, "cot": "hm"}, *m("c", "d")]
+    made = norm({"messages": turns}, "conversation", columns={"train": "learn", "reasoning_content": "cot"})
+    wanted = {"role": "assistant", "content": "b", "reasoning_content": "hm", "train": False}
+    assert made.messages == [*m("a"), wanted, *m("c", "d")]
+    with pytest.raises(BadRow) as caught:
+        norm({"messages": turns}, "conversation", columns={"train": "lern"})
+    assert str(caught.value).startswith("lern: `columns.train` names a key that no turn has → the turns' are `")
 
 
 def test_the_map_leaves_plain_prompts_alone() -> None:

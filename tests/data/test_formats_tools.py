@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from bad_rows import m
-from chat_families import BY_NAME, tokenizer_of
+from chat_families import BY_NAME, CHATML_PLAIN, make, tokenizer_of
 
 from chatalign.data.chat import chat_encoder, encode_conversation
 from chatalign.data.formats import format_of, normalise
@@ -225,3 +225,18 @@ def test_a_mark_under_supervise_all_is_refused() -> None:
         "set data.supervise: assistant, or take the marks out"
     )
     assert [len(one) for one in encoder.conversations([row], "last_assistant")] == [1]
+
+
+def test_a_reply_that_is_not_learned_gets_no_row_of_its_own() -> None:
+    """Where the last reply renders in its own way, a conversation becomes a row for each reply that is learned."""
+    reply = "m['content'] + '<|im_end|>' }}{{"
+    assert reply in CHATML_PLAIN
+    template = CHATML_PLAIN.replace(reply, f"('last: ' if loop.last else '') + {reply}")
+    encoder = chat_encoder(make(template, "<|im_end|>", special=("<|im_start|>",)))
+    turns = m("a", "b", "c", "d", "e", "f")
+    turns[3]["train"] = False
+    whole, marked = encoder.conversations(
+        [Conversation(messages=m("a", "b", "c", "d", "e", "f")), Conversation(messages=turns)], "assistant"
+    )
+    assert isinstance(whole, list)
+    assert marked == [whole[0], whole[2]]
