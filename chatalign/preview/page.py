@@ -14,7 +14,7 @@ from chatalign.preview.statistics import Histogram, Statistics
 from chatalign.preview.tokens import Piece, Segment, segments
 from chatalign.report.page import render_page
 
-MAX_ROWS, MAX_TOKENS = 200, 40_000  # some 6 MB
+MAX_ROWS, MAX_TOKENS = 200, 40_000  # a few MB
 _WIDTH, _BASE, _TOP, _GAP = 720, 180, 28, 6  # of the chart, in its own units
 _Values = dict[str, Any]
 
@@ -81,10 +81,7 @@ def _chart(histogram: Histogram) -> _Values:
 def _lengths(stats: Statistics) -> Iterator[_Values]:
     for row in stats.lengths:
         cells = (row.rows, row.shortest, row.median, row.p95, row.longest, row.total)
-        yield {
-            "column": row.column,
-            "cells": [f"{cell:,g}" if isinstance(cell, float) else f"{cell:,}" for cell in cells],
-        }
+        yield {"column": row.column, "cells": [f"{cell:,.10g}" for cell in cells]}
 
 
 def _roles(stats: Statistics) -> Iterator[_Values]:

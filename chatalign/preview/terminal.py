@@ -99,14 +99,14 @@ def _print(console: Console, text: Text) -> None:
 
 
 def _head(row: ShownRow, total: int) -> Text:
-    return Text(f"row {row.number} of {total} · {row.place} · {row.tokens:,} tokens")
+    return Text(f"row {row.number:,} of {total:,} · {row.place} · {row.tokens:,} tokens")
 
 
 def _lengths_table(stats: Statistics) -> Table:
     table = Table("tokens", "rows", "min", "median", "p95", "max", "total", title="lengths", title_justify="left")
     for row in stats.lengths:
-        cells = (row.rows, row.shortest, f"{row.median:g}", row.p95, row.longest, f"{row.total:,}")
-        table.add_row(row.column, *map(str, cells))
+        cells = (row.rows, row.shortest, row.median, row.p95, row.longest, row.total)
+        table.add_row(row.column, *(f"{cell:,.10g}" for cell in cells))
     return table
 
 
@@ -150,5 +150,5 @@ def _sources_table(preview: Preview) -> Table:
             lines.append(f"{count:,} × {reason}" + (f" ({place})" if place else ""))
         # A reason may hold a row's words.
         left_out = Text("\n").join(_visible(line.replace("\n", " "), "") for line in lines) if lines else Text("none")
-        table.add_row(Text(used.path), used.format, str(used.rows), str(used.used), left_out)
+        table.add_row(Text(used.path), used.format, f"{used.rows:,}", f"{used.used:,}", left_out)
     return table

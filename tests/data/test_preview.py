@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,17 @@ def test_stages_of_a_pipeline_that_never_ran(
     assert code == 0, text
     assert words in text
     assert "row 1 of 20" in text
+
+
+def test_the_page_on_data_shows_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "100")
+    section = (ROOT / "docs" / "data.md").read_text("utf-8").split("\n## Looking at rows\n")[1].split("\n## ")[0]
+    whole, by_token = re.findall(r"^```text\n(.*?)^```", section, flags=re.M | re.S)
+    given = shlex.split(re.search(r"`chatalign inspect (recipes/sft\.yaml .+?)`", section)[1])  # type: ignore[index]
+    code, text = call(*given)
+    assert (code, trimmed(text)) == (0, whole)
+    assert by_token in trimmed(call(*given, "--tokens")[1])
 
 
 @pytest.mark.parametrize(
