@@ -88,23 +88,32 @@ def check_value(value: Any, field: str = "") -> None:
 
 
 def _sound(value: Any) -> bool:
-    """Whether all is well: the quick look, without the names of fields."""
-    level: list[Any] = [value]
+    """Whether all is well: the quick look that every row takes, without the names of fields."""
+    level, texts = [value], []
     for _ in range(DEEPEST):
         inner: list[Any] = []
         for one in level:
-            if isinstance(one, str):
-                if "\0" in one or not (one.isascii() or _NO_TEXT.search(one) is None):
-                    return False
-            elif isinstance(one, dict):
-                inner += one
-                inner += one.values()
-            elif isinstance(one, list | tuple):
-                inner += one
+            kind = type(one)
+            if kind is str:
+                texts.append(one)
+            elif kind is dict:
+                texts.extend(one)
+                inner.extend(one.values())
+            elif kind is list or kind is tuple:
+                inner.extend(one)
         if not inner:
-            return True
+            return _is_text("".join(texts))
         level = inner
     return False
+
+
+def _is_text(text: str) -> bool:
+    if "\0" in text:
+        return False
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _leaves(value: Any, field: str) -> Iterator[tuple[str, int, Any]]:

@@ -29,7 +29,7 @@ def csv_rows(path: Path) -> Numbered:
     with open_text(path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
         records = csv.reader(text, strict=True)
-        names = _header(path, next(records, []))
+        names = _header(path, records)
         number = 0
         while True:
             before, number = records.line_num, number + 1
@@ -49,7 +49,11 @@ def csv_rows(path: Path) -> Numbered:
                 number -= 1  # a blank line
 
 
-def _header(path: Path, names: Sequence[str]) -> Sequence[str]:
+def _header(path: Path, records: Iterator[list[str]]) -> Sequence[str]:
+    try:
+        names = next(records, [])
+    except csv.Error as error:
+        raise DataError(f"{path}: header: broken CSV ({error}) → mend it") from None
     if broken := foreign_bytes("".join(names)):
         raise DataError(f"{path}: header: {broken.reason} ({broken.detail}) → {broken.mend}")
     if names and names[0].startswith(_MARK):

@@ -182,6 +182,7 @@ FILES = [
     BadFile("too few fields", "f.csv", f"{CSV}a,b\nc\nd,e\n".encode(), ":2: has another number of fields than the header (1, not 2) → mend or delete this row", 2, {"has another number of fields than the header": 1}),
     BadFile("too many fields", "f.csv", f"{CSV}a,b\nc,d,e\n".encode(), ":2: has another number of fields than the header (3, not 2) → mend or delete this row", 1, {"has another number of fields than the header": 1}),
     BadFile("a quote that isn't closed", "f.csv", f'{CSV}a,b\n"c,d\ne,f\n'.encode(), ":2: broken CSV (a quote opens in line 3 and isn't closed in it) → close it"),
+    BadFile("a quote in the header", "f.csv", b'"prompt,completion\na,b\n', ": header: broken CSV (…) → mend it"),
     BadFile("a quote closed rows later", "f.csv", f'{CSV}a,b\n"c,d\ne,"f"\n'.encode(), ":2: broken CSV (a quote opens in line 3 and isn't closed in it) → close it"),
     BadFile("text behind a quote", "f.csv", f'{CSV}a,b\n"c"x,d\ne,f\n'.encode(), ":2: broken CSV (…, line 3) → mend or delete this row", 2, {"broken CSV": 1}),
     BadFile("two columns alike", "f.csv", b"prompt,completion,prompt\na,b,c\n", ": header: two columns are named 'prompt' → rename one"),
