@@ -158,4 +158,4 @@ def datasets_cache() -> Path:
 
 def in_words(size: int) -> str:
     """Bytes as MB below one GB, else as GB."""
-    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"

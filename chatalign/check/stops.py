@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chatalign.check.findings import Finding
-from chatalign.errors import ChatalignError, ModelError, TemplateError
+from chatalign.errors import ChatalignError, ModelError
 from chatalign.recipe import ModelSection
 
 
@@ -24,13 +24,7 @@ def stop_findings(section: ModelSection, tokenizer: Any, *, name: str, templated
             yield Finding("stop_tokens", f"the stop token of {name}'s template", error)
             return
         token = tokenizer.convert_ids_to_tokens(stop)
-        problem = None
-        if stop == tokenizer.pad_token_id:
-            problem = TemplateError(
-                f"{name}: the template ends replies in {token}, which is the pad token, so that no reply would end; "
-                f"set `pad_token` in its tokenizer_config.json to a token that text never holds"
-            )
-        yield Finding("stop_tokens", f"{name}: replies end in {token}, padding is {tokenizer.pad_token}", problem)
+        yield Finding("stop_tokens", f"{name}: replies end in {token}, padding is {tokenizer.pad_token}")
     folder = model_folder(section)
     if folder is None:
         return
