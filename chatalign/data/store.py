@@ -92,7 +92,10 @@ def _kept(key: TokensKey, write: Callable[[Path], None]) -> Path:
 
 
 def _write_aside(folder: Path, key: TokensKey, write: Callable[[Path], None]) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}-", dir=folder.parent))
+    prefix = f".{folder.name[:16]}-"
+    for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed: who holds the lock writes alone
+        shutil.rmtree(left, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         write(aside)
         _seal(aside, key)
