@@ -226,11 +226,17 @@ def _open_run(recipe: Recipe) -> Run:
         return Run(folder=folder, run_id=run_id, fingerprint=run_fingerprint, parents=parents)
     if state in ("stale", "finished"):
         move_aside(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     run_id = secrets.token_hex(6)
     settings = recipe.model_dump(mode="json")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
-    write_json(folder / RUN_FILE, {"run_id": run_id, "stage": recipe.stage, "fingerprint": run_fingerprint})
+    place = folder.resolve()
+    for left in place.parent.glob(f".{place.name}.new-*"):  # by a process that was killed right here
+        shutil.rmtree(left)
+    # Under another name until it is whole: a folder without run.json is nobody's, and would be refused for ever.
+    made = place.with_name(f".{place.name}.new-{run_id}")
+    made.mkdir(parents=True)
+    (made / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
+    write_json(made / RUN_FILE, {"run_id": run_id, "stage": recipe.stage, "fingerprint": run_fingerprint})
+    os.replace(made, place)
     return Run(folder=folder, run_id=run_id, fingerprint=run_fingerprint, parents=parents)
 
 
