@@ -52,7 +52,7 @@ _REFUSED: list[tuple[set[str], str, str]] = [
 
 def refused(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """What a file of a known shape holds that can't be trained on, and the mend; None for every other file."""
-    names = {name.lower() for name in row}
+    names = {name.lower() for name, value in row.items() if value is not None}
     return next(((holds, mend) for needed, holds, mend in _REFUSED if needed <= names), None)
 
 

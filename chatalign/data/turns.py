@@ -243,10 +243,14 @@ def _order_problem(role: str, before: str | None) -> tuple[str, str]:
     if before is None or before == "system":
         return f"the first turn is the {role}'s", "start with a user turn"
     if role == "tool":
-        return f"a tool result after a {before} turn", "put the assistant's tool call before it"
+        return f"a tool result after {_a(before)} turn", "put the assistant's tool call before it"
     if before == "call":
-        return f"a {role} turn after a tool call", "add the tool's result between them"
+        return f"{_a(role)} turn after a tool call", "add the tool's result between them"
     return f"two {role} turns in a row", "merge them, or add the turn between them"
+
+
+def _a(role: str) -> str:
+    return f"{'an' if role == 'assistant' else 'a'} {role}"
 
 
 def ends_with(messages: Messages, role: str, field: str) -> None:

@@ -171,7 +171,7 @@ def test_results_that_are_not_one_for_each_call_are_refused(result_ids: list[str
             "messages[1].tool_calls.arguments: is an int, not an object → write {",
         ),
         (with_calls([{"arguments": {}}], {"content": "3"}), "messages[1].tool_calls: a tool call has no `name`"),
-        (with_calls([openai_call("add", {})]), "messages[2]: a assistant turn after a tool call"),
+        (with_calls([openai_call("add", {})]), "messages[2]: an assistant turn after a tool call"),
         (
             {"messages": [{"role": "user", "content": "hi", "tool_calls": [openai_call("add", {})]}, *m("a", "b")[1:]]},
             "messages[0].tool_calls: a user turn with calls → give them the assistant's role",
