@@ -24,6 +24,7 @@ from chatalign.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt")
 UNCOUNTED = sys.maxsize
+_CHUNK_BYTES = 16 << 20  # of lines that go to a worker together
 _MARK = "\ufeff"  # a byte order mark
 _A_LIST = Broken("holds a list, not an object", mend="write one object a line, or name a file of one list .json")
 
@@ -69,9 +70,16 @@ class Part:
         return Part(self.name, count, lambda: islice(self._whole().good(), count))
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """The rows or lines, `size` at a time."""
-        numbered = self.read()
-        while some := list(islice(numbered, size)):
+        """The rows or lines, `size` at a time, and fewer where lines are long."""
+        some: list[tuple[int, Any]] = []
+        held = 0
+        for number, row in self.read():
+            some.append((number, row))
+            held += len(row) if isinstance(row, bytes) else 0
+            if len(some) == size or held >= _CHUNK_BYTES:
+                yield Chunk(self.name, some, self.parse)
+                some, held = [], 0
+        if some:
             yield Chunk(self.name, some, self.parse)
 
 

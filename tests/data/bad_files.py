@@ -110,7 +110,7 @@ FILES = [
     # JSON lines: what is no JSON, or JSON that Python reads in silence
     BadFile("broken JSON", "f.jsonl", lines(GOOD, '{"messages": [', GOOD), ":2: broken JSON (Expecting value, column 15) → mend or delete this row", 2, {"broken JSON": 1}),
     BadFile("cut off at the end", "f.jsonl", lines(GOOD, GOOD)[:-9], ":2: broken JSON (Unterminated string starting at, column 83) → mend or delete this row", 1, {"broken JSON": 1}),
-    BadFile("trailing comma", "f.jsonl", lines(GOOD, GOOD[:-1] + ",}", GOOD), ":2: broken JSON (…, column 93) → mend or delete this row", 2, {"broken JSON": 1}),
+    BadFile("trailing comma", "f.jsonl", lines(GOOD, GOOD[:-1] + ",}", GOOD), ":2: broken JSON (…) → mend or delete this row", 2, {"broken JSON": 1}),
     BadFile("single quotes", "f.jsonl", lines(GOOD, GOOD.replace('"', "'"), GOOD), ":2: broken JSON (Expecting property name enclosed in double quotes, column 2) → mend or delete this row", 2, {"broken JSON": 1}),
     BadFile("Python's True", "f.jsonl", lines(GOOD, GOOD[:-1] + ', "ok": True}', GOOD), ":2: broken JSON (Expecting value, column 100) → mend or delete this row", 2, {"broken JSON": 1}),
     BadFile("a comment", "f.jsonl", lines("// rows", GOOD), ":1: broken JSON (Expecting value, column 1) → mend or delete this row", 1, {"broken JSON": 1}),

@@ -12,7 +12,7 @@ import datasets
 import pytest
 from chat_families import BY_NAME, tokenizer_of
 
-from chatalign.data import prepare, workers
+from chatalign.data import files, prepare, workers
 from chatalign.data.encode import RowEncoder
 from chatalign.data.sources import read_source
 from chatalign.errors import ChatalignError, DataError
@@ -65,6 +65,15 @@ def test_chunks_hold_the_rows_in_order_with_their_numbers(name: str, tmp_path: P
         assert len(list(rows)) == len(rows)
         assert all(list(chunk) == list(chunk) for chunk in chunks)  # where errors look again
     assert all(isinstance(line, bytes) for _, line in chunks[0].numbered)  # for the workers to parse
+
+
+def test_few_long_lines_are_held_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 1000)
+    path = write(
+        tmp_path / "rows.jsonl", [json.dumps({"text": "a" * size}) for size in (10, 10, 2000, 10, 600, 600, 10)]
+    )
+    (part,) = read_source(DatasetSource(path=path)).parts
+    assert [[number for number, _ in chunk.good()] for chunk in part.chunks(250)] == [[1, 2, 3], [4, 5, 6], [7]]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
