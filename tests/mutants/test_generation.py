@@ -33,7 +33,7 @@ def recipe_of(folder: Path, base: Path, **sections: Any) -> Any:
         "output_dir": str(folder / "run"),
         "model": {"name_or_path": str(base)},
         "data": {"datasets": [{"path": str(folder / "rows.jsonl")}]},
-        "train": {"max_steps": 1, "use_cpu": True},
+        "train": {"max_steps": 2, "learning_rate": 1e-3, "warmup_steps": 0, "use_cpu": True},
     }
     return validate_stage(raw | sections, where="test")
 
