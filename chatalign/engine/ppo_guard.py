@@ -135,6 +135,16 @@ def refuse_noise(first_K: Tensor, second_K: Tensor, limit: float) -> None:
         )
 
 
+def refuse_other_pass(logps_K: Tensor, old_logps_K: Tensor, limit: float) -> None:
+    """Raise GuardError where the update's log-probabilities, before any update, aren't those of the rollout."""
+    gap = float((logps_K - old_logps_K).abs().mean())
+    if gap > limit:
+        raise GuardError(
+            f"rollout and update of one policy differ by {gap:.3f} nats a token before any update: another adapter or "
+            f"precision runs in one of them; {_REPORT}"
+        )
+
+
 def refuse_other_reference(logps_K: Tensor, ref_logps_K: Tensor, limit: float) -> None:
     """Raise GuardError where policy and reference differ in the first rollout, whose KL is 0."""
     gap = float((logps_K - ref_logps_K).abs().mean())
@@ -202,6 +212,8 @@ class RatioGuard(TrainerCallback):
         """In a run's first micro-batch: `forward` gives its log-probabilities (K,); not called again afterwards."""
         if not self._still:
             refuse_noise(forward(), forward(), self.limits.repeat)
+            # Autocast keeps the rounded weights, without a graph where the passes had none: nothing would be trained.
+            torch.clear_autocast_cache()
             self._still = True
 
     def note(self, logps_K: Tensor, old_logps_K: Tensor) -> None:
@@ -215,4 +227,4 @@ class RatioGuard(TrainerCallback):
         if self._fresh:
             logps_K, old_logps_K = (torch.cat(parts) for parts in zip(*self._fresh, strict=True))
             self._fresh.clear()
-            (refuse_noise if self.own_logps else refuse_gap)(logps_K, old_logps_K, self.limits.gap)
+            (refuse_other_pass if self.own_logps else refuse_gap)(logps_K, old_logps_K, self.limits.gap)

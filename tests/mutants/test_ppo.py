@@ -18,6 +18,7 @@ from torch import nn
 from chatalign.engine import ppo_experience
 from chatalign.engine.ppo_model import PpoModel, ValueHead
 from chatalign.engine.ppo_trainer import PpoTrainer
+from chatalign.errors import GuardError
 from chatalign.maths import k1
 from chatalign.models import adapters
 from chatalign.models.reference import Reference
@@ -181,6 +182,20 @@ def test_a_cache_that_loses_its_place(
     monkeypatch.setattr(decoding.Decoding, "step", behind)
     with named(43):
         built(make_recipe("run", {"model": sharp})).train()
+
+
+def test_an_update_that_runs_another_policy_than_its_rollout(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = PpoModel.forward
+
+    def colder(self: PpoModel, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        return out._replace(logps=1.1 * out.logps)
+
+    monkeypatch.setattr(PpoModel, "forward", colder)
+    with pytest.raises(GuardError, match="rollout and update of one policy differ by 0"):
+        built(make_recipe("run", {"ppo": {"value": "shared"}})).train()
 
 
 # 44: the penalty's gradient

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from chatalign import ppo
+from chatalign.engine.ppo_guard import RatioGuard
 
 from .conftest import LORA, Make, built
 from .test_run import logged
@@ -37,3 +38,19 @@ def test_the_reference_runs_the_policys_kernels(make_recipe: Make) -> None:
     trainer.train()
     first = next(line for line in trainer.state.log_history if "objective/kl" in line)
     assert first["objective/kl"] == first["objective/kl_k3"] == 0
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_guard_changes_no_weight(
+    make_recipe: Make, lora: dict[str, Any] | None, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for guarded in (True, False):
+        recipe = make_recipe(f"run-{guarded}", {"lora": lora, "train": {"bf16": bf16}, "ppo": {"total_episodes": 8}})
+        if not guarded:
+            monkeypatch.setattr(RatioGuard, "hold_still", lambda self, forward: None)
+        trainer = built(recipe)
+        trainer.train()
+        runs.append({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
