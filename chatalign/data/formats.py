@@ -135,11 +135,11 @@ def check_columns_map(source: DatasetSource) -> None:
             raise DataError(f"{source.path}: `columns.{name}` is not a name of the schema; {hint}")
 
 
-def format_of(source: DatasetSource, first: RawRow, kind: Kind) -> Format:
+def format_of(source: DatasetSource, first: RawRow, kind: Kind, *, place: str | None = None) -> Format:
     """The source's format: as the recipe says, or recognised from its first row. Checks that it suits `kind`.
 
-    Raises DataError naming the source where no format is recognised, or the format holds another kind of data;
-    BadRow where the row is empty, or null where the format would show: another row may tell.
+    Raises DataError naming the source, or the row's `place` (file:row), where no format is recognised, or the format
+    holds another kind of data; BadRow where the row is empty, or null where the format would show: another may tell.
     """
     check_columns_map(source)
     row = rename(first, source) if source.columns or source.roles else first
@@ -147,11 +147,11 @@ def format_of(source: DatasetSource, first: RawRow, kind: Kind) -> Format:
     if found is None or kind not in KINDS_OF[found]:
         _refuse_nulls(row)
     if found is None:
-        raise DataError(f"{source.path}: {_unrecognised(row, kind)}")
+        raise DataError(f"{place or source.path}: {_unrecognised(row, kind)}")
     if kind not in KINDS_OF[found]:
-        raise DataError(f"{source.path}: {_wrong_kind(row, found, kind)}")
+        raise DataError(f"{place or source.path}: {_wrong_kind(row, found, kind)}")
     if source.format is None and (problem := _half_recognised(row, found)):
-        raise DataError(f"{source.path}: {problem}")
+        raise DataError(f"{place or source.path}: {problem}")
     return found
 
 
@@ -213,6 +213,10 @@ def normalise(raw: RawRow, source: DatasetSource, format_: Format, kind: Kind) -
     check_value(row if kind == "prompt" else {name: row[name] for name in _READ_COLUMNS if name in row})
     if not _LOST.isdisjoint(row):
         _refuse_lost(row)
+    if source.format is None and kind == "conversation" and _has_label(row, [format_]):
+        name = "label" if row.get("label") is not None else "kto_tag"
+        mend = f"say `format: {format_}` where every reply is to be learned, or take the row out"
+        raise BadRow(name, "is about the reply, and the source's first row has none", mend)
     made = _READERS[format_](row)
     if source.system:
         made = _with_system(made, source.system)

@@ -244,7 +244,7 @@ class _Pass:
         bad_rows: list[tuple[str, str]] = []
         for where, columns in chunk:
             try:
-                return format_of(loaded.source, columns, self.kind)
+                return format_of(loaded.source, columns, self.kind, place=where)
             except BadRow as bad:
                 if self.section.on_bad_row == "error":
                     raise DataError(f"{where}: {bad}") from None

@@ -129,7 +129,7 @@ def _read(
     format_ = None
     for where, row in rows:
         try:
-            format_ = format_ or format_of(source, row, kind)
+            format_ = format_ or format_of(source, row, kind, place=where)
             made.append(make(normalise(row, source, format_, kind), row))
         except BadRow as bad:
             raise DataError(f"{where}: {bad}") from None
