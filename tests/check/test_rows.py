@@ -90,3 +90,10 @@ def test_max_rows_and_folders_are_looked_at_as_they_are_read(tmp_path: Path) -> 
     assert whole.duplicates == 2
     section = DataSection(datasets=[{"path": str(tmp_path), "max_rows": 4}])
     assert look_at_data(section, "conversation").rows == 4
+
+
+@pytest.mark.parametrize(("share", "side"), [(1e-6, "evaluation"), (0.999999, "training"), (0.3, None)])
+def test_a_side_without_rows_is_found_whatever_is_hashed(tmp_path: Path, share: float, side: str | None) -> None:
+    write_rows(tmp_path / "rows.jsonl", [question(i) for i in range(1100)])
+    problems = look(tmp_path / "rows.jsonl", eval_fraction=share).problems
+    assert problems == ([] if side is None else [f"data.eval_fraction: {share} of 1100 rows leaves none for {side}"])
