@@ -222,6 +222,20 @@ def test_each_bad_row_is_one_line(kind: Any, row: dict[str, Any], line: str) -> 
     assert "\n" not in line
 
 
+def test_a_thumb_that_the_first_row_lacks_is_not_passed_over() -> None:
+    first, second = {"messages": m("a", "b"), "label": None}, {"messages": m("a", "b"), "label": False}
+    found = format_of(SOURCE, first, "conversation")
+    assert normalise(first, SOURCE, found, "conversation") == Conversation(messages=m("a", "b"))
+    with pytest.raises(BadRow) as caught:
+        normalise(second, SOURCE, found, "conversation")
+    assert str(caught.value) == (
+        "label: is about the reply, and the source's first row has none → "
+        "say `format: messages` where every reply is to be learned, or take the row out"
+    )
+    forced = DatasetSource(path="rows.json", format="messages")
+    assert normalise(second, forced, found, "conversation") == Conversation(messages=m("a", "b"))
+
+
 def test_ambiguous_columns_are_not_guessed() -> None:
     with pytest.raises(DataError) as caught:
         format_of(SOURCE, {"question": "1 + 1?", "answer": "2"}, "conversation")
