@@ -15,16 +15,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from chatalign.data.chat import encode_conversation
-from chatalign.engine.isolation import enable_segments
+from chatalign.engine.isolation import computes_in_half, enable_segments
 from chatalign.engine.loss_head import enable_chunked_head
 from chatalign.engine.ppo_critic import with_value
 from chatalign.engine.ppo_model import PpoModel, backbone, forbid_tokens
-from chatalign.engine.ppo_rewards import FunctionScorer, ModelScorer, Rewards, RewardSource, Term, stored_normaliser
+from chatalign.engine.ppo_rewards import (
+    FunctionScorer,
+    ModelScorer,
+    Replies,
+    Rewards,
+    RewardSource,
+    Term,
+    stored_normaliser,
+)
 from chatalign.errors import ModelError
 from chatalign.models.adapters import Policy, attach_adapter, read_adapter, read_lora_config
-from chatalign.models.heads import SCORE, ScoreHead, active_head, load_reward_model
+from chatalign.models.heads import SCORE, ScoreHead, active_head, load_reward_model, stored_probe
 from chatalign.models.load import base_ref_of
 from chatalign.models.resolve import Resolved, resolve
+from chatalign.models.score_guard import probe_ids, refuse_drift, scale_of
 from chatalign.models.tokenizer import load_tokenizer
 from chatalign.recipe import ModelSection, PpoRecipe
 
@@ -125,6 +134,7 @@ def _model_term(recipe: PpoRecipe, source: RewardSource, policy: Policy) -> Term
         head = ScoreHead(_hidden_size(policy.model)).requires_grad_(False)
         head.load_state_dict({"weight": _score_weight(source.resolved.adapter)})
         scorer = ModelScorer(policy.model, head, batch_size=batch_size, adapter=adapter)
+        _refuse_drift(source, scorer)
     else:
         loaded = load_reward_model(source.section, source.tokenizer, quantization=recipe.quantization).model
         enable_segments(loaded, source.section.attention)
@@ -133,6 +143,24 @@ def _model_term(recipe: PpoRecipe, source: RewardSource, policy: Policy) -> Term
     stored = recipe.ppo.normalize_reward is True
     normaliser = stored_normaliser(source.resolved, scorer.model.config) if stored else None
     return Term(name=source.name, weight=source.weight, scorer=scorer, normaliser=normaliser)
+
+
+def _refuse_drift(source: RewardSource, scorer: ModelScorer) -> None:
+    """Raise GuardError where a reward adapter on the policy's backbone scores its probe otherwise than when saved."""
+    if not (stored := stored_probe(source.resolved, None)):
+        return
+    scorer.head.to(scorer.model.get_input_embeddings().weight.device)
+    ids = probe_ids(source.tokenizer).tolist()
+    count = len(ids)
+    probe = Replies(
+        prompt_ids=[row[:1] for row in ids],
+        response_ids=[row[1:] for row in ids],
+        prompts=[[] for _ in range(count)],
+        texts=[""] * count,
+        extras=[{} for _ in range(count)],
+    )
+    found = scale_of(scorer(probe), half=computes_in_half(scorer.model))
+    refuse_drift(stored, found, source.resolved.source)
 
 
 def _retokenizer(tokenizer: Any) -> Callable[[list[dict[str, Any]], str], list[int]]:

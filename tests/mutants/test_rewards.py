@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from chatalign import reward
 from chatalign.engine import reward_trainer
+from chatalign.engine.ppo_roles import build_roles
 from chatalign.engine.reward_trainer import refuse_length_bias
 from chatalign.maths.length import length_bias
 from chatalign.models import adapters, heads
+from chatalign.models.adapters import load_policy
 from chatalign.models.heads import load_reward_model
 from chatalign.models.load import load_tokenizer
 from chatalign.recipe import ModelSection, validate_stage
@@ -140,17 +144,41 @@ def load(folder: Path) -> Any:
     return load_reward_model(section, load_tokenizer(section)).model
 
 
-@pytest.mark.parametrize("name", ["adapter", "whole"])
-def test_scores_whose_scale_has_drifted(reward_runs: dict[str, Path], name: str) -> None:
-    run = reward_runs[name]
-    assert load(run).training is False
+@contextmanager
+def three_times_the_scores(run: Path) -> Iterator[None]:
     file = next((run / "model").glob("*.safetensors"))
     tensors = load_file(file)
     score = next(key for key in tensors if key.endswith("score.weight"))
     save_file(tensors | {score: 3 * tensors[score]}, file, metadata={"format": "pt"})
-    with named(39):
-        load(run)
+    yield
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["adapter", "whole"])
+def test_scores_whose_scale_has_drifted(reward_runs: dict[str, Path], name: str) -> None:
+    assert load(reward_runs[name]).training is False
+    with three_times_the_scores(reward_runs[name]), named(39):
+        load(reward_runs[name])
+
+
+def test_a_drifted_adapter_on_the_policys_backbone(
+    reward_runs: dict[str, Path], tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    recipe = recipe_of(
+        tmp_path,
+        tiny_model_folder,
+        [{"prompt": word} for word in WORDS[:4]],
+        stage="ppo",
+        lora=LORA,
+        reward_model={"name_or_path": str(reward_runs["adapter"])},
+        ppo={"total_episodes": 4, "rollout_batch_size": 4, "response_length": 4},
+        train={"use_cpu": True},
+    )
+    tokenizer = load_tokenizer(recipe.model)
+    stops = [tokenizer.eos_token_id]
+    assert build_roles(recipe, load_policy(recipe, tokenizer), tokenizer, stops).rewards.terms[0].scorer.adapter
+    with three_times_the_scores(reward_runs["adapter"]), named(39):
+        build_roles(recipe, load_policy(recipe, tokenizer), tokenizer, stops)
 
 
 def test_the_scale_is_stored_with_the_run_and_the_model(reward_runs: dict[str, Path]) -> None:
