@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from chatalign.data.json_values import JsonReader, check_value
@@ -57,18 +57,18 @@ def read_turns(value: Any, field: str) -> Messages:
         value = [value]
     if not isinstance(value, list | tuple):
         raise BadRow(field, f"is {kind_of(value)}, not a list of turns", 'write [{"role": "user", "content": "…"}, …]')
-    messages = [_read_turn(turn, f"{field}[{i}]") for i, turn in enumerate(value)]
+    messages = [_read_turn(turn, f"{field}[{i}]", value) for i, turn in enumerate(value)]
     return _pair_results(messages, field) if max(map(len, messages), default=0) > 2 else messages
 
 
-def _read_turn(turn: Any, field: str) -> Message:
+def _read_turn(turn: Any, field: str, turns: Sequence[Any]) -> Message:
     if not isinstance(turn, dict):
         raise BadRow(field, f"is {kind_of(turn)}, not a turn", 'write {"role": …, "content": …}')
     role_key, content_key = ("role", "content") if turn.get("role") is not None else ("from", "value")
     named = turn.get(role_key)
     role = (_ROLES.get(named) or _ROLES.get(named.strip().lower())) if isinstance(named, str) else None
     if role is None:
-        raise _no_role(turn, named, field, role_key)
+        raise _no_role(turn, named, field, turns)
     if content_key not in turn:
         other = "value" if content_key == "content" else "content"
         content_key = other if other in turn else content_key
@@ -87,16 +87,27 @@ def _read_turn(turn: Any, field: str) -> Message:
     return message
 
 
-def _no_role(turn: Mapping[str, Any], named: Any, field: str, role_key: str) -> BadRow:
+def _no_role(turn: Mapping[str, Any], named: Any, field: str, turns: Sequence[Any]) -> BadRow:
     if named is not None:
-        shown, mend = short(named), "use user, assistant, system or tool"
+        mend = "use user, assistant, system or tool"
         if isinstance(named, str):
-            mend += f", or say `roles: {{{yaml_name(named)}: user}}` (assistant, system, tool, function_call)"
-        return BadRow(f"{field}.{role_key}", f"{shown} is not a known role", mend)
+            mend += f", or say `roles: {{{_likely_roles(named, turns)}}}` (assistant, system, tool, function_call)"
+        role_key = "role" if turn.get("role") is not None else "from"
+        return BadRow(f"{field}.{role_key}", f"{short(named)} is not a known role", mend)
     if (keys := likely_keys(turn)) is None:
         return BadRow(field, "has no `role`", "add `role` (or `from`): user, assistant, system or tool")
     mend = f"say `columns: {{role: {keys[0]}, content: {keys[1]}}}`"
     return BadRow(field, f"has no `role`, its keys are {listed(turn)}", mend)
+
+
+def _likely_roles(named: str, turns: Sequence[Any]) -> str:
+    """The map of roles to offer: where two names are unknown, whoever speaks first is the user."""
+    names = [turn.get("role") or turn.get("from") for turn in turns if isinstance(turn, dict)]
+    unknown = list(
+        dict.fromkeys(name for name in names if isinstance(name, str) and name.strip().lower() not in _ROLES)
+    )
+    speakers = unknown if len(unknown) == 2 else [named]
+    return ", ".join(f"{yaml_name(name)}: {role}" for name, role in zip(speakers, ("user", "assistant"), strict=False))
 
 
 def likely_keys(turn: Mapping[str, Any]) -> tuple[str, str] | None:

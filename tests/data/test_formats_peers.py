@@ -56,15 +56,15 @@ def test_stepwise_rows_still_have_prompts() -> None:
 
 
 def test_roles_and_turn_keys_of_the_files_own() -> None:
-    dialogue = [{"who": "Alice", "says": "hi"}, {"who": "Bot", "says": "yes"}]
+    dialogue = [{"who": "Alice", "says": "hi"}, {"who": "Al B.", "says": "yes"}]
     source = {
         "columns": {"messages": "dialogue", "role": "who", "content": "says"},
-        "roles": {"Alice": "user", "Bot": "assistant"},
+        "roles": {"Alice": "user", "Al B.": "assistant"},
     }
     assert norm({"dialogue": dialogue}, "conversation", **source).messages == m("hi", "yes")
     with pytest.raises(BadRow) as caught:
         norm({"dialogue": dialogue}, "conversation", columns=source["columns"])
-    assert "say `roles: {Alice: user}`" in str(caught.value)
+    assert 'say `roles: {Alice: user, "Al B.": assistant}`' in str(caught.value)
     row = {"dialogue": str(dialogue).replace("'", '"')}  # as a CSV file holds it
     assert norm(row, "conversation", format="messages", **source).messages == m("hi", "yes")
 
