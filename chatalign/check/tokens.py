@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from chatalign.check.findings import STAGE_DATA, Finding, Kind
 from chatalign.check.rows import data_sections
 from chatalign.check.stops import stop_findings
-from chatalign.data.files import Chunk, Part
+from chatalign.data.files import Chunk, is_data_file, uncounted
+from chatalign.data.formats import format_of, normalise
+from chatalign.data.rows import BadRow, Row
 from chatalign.errors import ChatalignError, DataError
 from chatalign.recipe import DataSection, DatasetSource, ModelSection, Recipe
 
@@ -51,7 +53,7 @@ def token_findings(
         return
     try:
         tokenized = [
-            _tokenize(source, data, tokenizer, kind, sample_bytes) for source in data.datasets if _local(source)
+            _tokenize(source, data, tokenizer, kind, sample_bytes) for source in data.datasets if _files(source)
         ]
     except ChatalignError as error:
         yield Finding("template", f"rows as {name} tokenizes them", error)
@@ -120,8 +122,12 @@ class _Tokenized:
         return f"{self.rows:,} rows looked at{every}"
 
 
-def _local(source: DatasetSource) -> bool:
-    return Path(source.path).is_file()
+def _files(source: DatasetSource) -> list[Path]:
+    """The row files of a source; none where it is on the Hub, or a folder that ``Dataset.save_to_disk`` wrote."""
+    place = Path(source.path)
+    if place.is_dir() and not any(place.glob("dataset_*.json")):
+        return [path for path in sorted(place.rglob("*")) if path.is_file() and is_data_file(path)]
+    return [place] if place.is_file() else []
 
 
 def _tokenize(source: DatasetSource, data: DataSection, tokenizer: Any, kind: Kind, sample_bytes: int) -> _Tokenized:
@@ -130,45 +136,47 @@ def _tokenize(source: DatasetSource, data: DataSection, tokenizer: Any, kind: Ki
     Raises TemplateError, or DataError for a row that the template refuses.
     """
     from chatalign.data.encode import RowEncoder
-    from chatalign.data.formats import format_of, normalise
-    from chatalign.data.rows import BadRow, Row
 
     made = _Tokenized(source, _every(source, sample_bytes))
     encoder = RowEncoder(data, tokenizer, kind)
-    format_ = None
-    batch: list[tuple[str, Row]] = []
-    for place, columns in _rows(source, made.every):
-        try:
-            format_ = format_ or format_of(source, columns, kind)
-            batch.append((place, normalise(columns, source, format_, kind)))
-        except (BadRow, DataError):
-            continue
-        if len(batch) == _BATCH:
-            _count(made, encoder, batch, data)
-            batch = []
-    _count(made, encoder, batch, data)
+    rows = _good_rows(source, made.every, kind)
+    while batch := list(islice(rows, _BATCH)):
+        _count(made, encoder, batch, data)
     return made
+
+
+def _good_rows(source: DatasetSource, every: int, kind: Kind) -> Iterator[tuple[str, Row]]:
+    """The rows to tokenize, each with its file:row, up to where a file breaks off: the check of the rows says so."""
+    format_ = None
+    try:
+        for place, columns in _rows(source, every):
+            try:
+                format_ = format_ or format_of(source, columns, kind)
+                row = normalise(columns, source, format_, kind)
+            except BadRow:
+                continue
+            yield place, row
+    except DataError:
+        return
 
 
 def _every(source: DatasetSource, sample_bytes: int) -> int:
     """1 where a source is looked at whole; k where every k-th row is about `sample_bytes`."""
-    size = Path(source.path).stat().st_size * (4 if source.path.endswith(".gz") else 1)
-    every = -(-size // sample_bytes)
+    size = sum(path.stat().st_size * (4 if path.suffix == ".gz" else 1) for path in _files(source))
+    every = max(-(-size // sample_bytes), 1)
     return every if source.max_rows is None else min(every, -(-source.max_rows // 1000))
 
 
 def _rows(source: DatasetSource, every: int) -> Iterator[tuple[str, Any]]:
-    from chatalign.data.files import uncounted
-
-    part: Part = uncounted(Path(source.path))
+    parts = [uncounted(path) for path in _files(source)]
     if source.max_rows is not None:
-        part = part.head(source.max_rows)
-    yield from Chunk(part.name, islice(part.read(), 0, None, every), part.parse)
+        yield from islice(chain.from_iterable(parts), 0, source.max_rows, every)
+        return
+    for part in parts:
+        yield from Chunk(part.name, islice(part.read(), 0, None, every), part.parse)
 
 
-def _count(made: _Tokenized, encoder: Any, batch: list[tuple[str, Any]], data: DataSection) -> None:
-    from chatalign.data.rows import BadRow
-
+def _count(made: _Tokenized, encoder: Any, batch: list[tuple[str, Row]], data: DataSection) -> None:
     for (place, _), one in zip(batch, encoder.encode([row for _, row in batch]), strict=True):
         if isinstance(one, BadRow):
             if data.on_bad_row == "error":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,21 @@ def test_bad_rows_are_said_once(place: Path, check: Check) -> None:
     found = check()
     assert only(found["rows"], "FAIL").startswith("rows.jsonl:2: messages")
     assert [finding.status for finding in found["template"]] == ["ok"]
+
+
+def test_folders_and_max_rows_are_tokenized_too(place: Path) -> None:
+    (place / "rows").mkdir()
+    for name in ("a", "b"):
+        write_rows(place / "rows" / f"{name}.jsonl", [question(i) for i in range(15)])
+    for source, rows in (({"path": "rows"}, 30), ({"path": "rows", "max_rows": 18}, 18)):
+        write_recipe(place / "folder.yaml", data={"datasets": [source], "max_length": 64})
+        (lengths,) = [one for one in token_findings(load_recipe("folder.yaml")) if one.check == "lengths"]
+        assert lengths.what.startswith(f"lengths of rows: {rows} rows looked at, none longer")
+
+
+def test_a_file_that_breaks_off_is_said_once(place: Path, check: Check) -> None:
+    packed = gzip.compress("".join(json.dumps(question(i)) + "\n" for i in range(500)).encode())
+    (place / "rows.jsonl.gz").write_bytes(packed[:-20])
+    found = check("data.datasets.0.path=rows.jsonl.gz")
+    assert "rows.jsonl.gz: can't be read (" in only(found["rows"], "FAIL")
+    assert {finding.status for finding in found.get("template", [])} <= {"ok"}
