@@ -54,7 +54,7 @@ def strange_targets(preview: Preview, supervise: str) -> str:
     )
     if not outside or supervise == "all":
         return ""
-    return f"{counted(outside, 'target')} in turns that aren't the assistant's by the template's markers: look at the rows"
+    return f"{counted(outside, 'target')} in turns that the template's markers give to others: look at the rows"
 
 
 def rows_line(preview: Preview) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from copy import deepcopy
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def made(tmp_path: Path, rows: list[dict[str, Any]], kind: Any, **asked: Any) ->
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     section = DataSection(datasets=[{"path": str(path)}], on_bad_row="drop", **asked.pop("data", {}))
-    prepared = prepare(section, TOKENIZER, kind, seed=0)
-    shown = preview(prepared, section, TOKENIZER, kind, **({"count": 20} | asked))
+    tokenizer = asked.pop("tokenizer", TOKENIZER)
+    prepared = prepare(section, tokenizer, kind, seed=0)
+    shown = preview(prepared, section, tokenizer, kind, **({"count": 20} | asked))
     text = write_page(shown, tmp_path / "deep" / "page.html").read_text("utf-8")
     return text, Page(text), prepared
 
@@ -108,6 +110,24 @@ def test_rows_are_shown_as_text(text: str, tmp_path: Path) -> None:
         assert (token["css"] == "special") == bool(special & set(ids_of([token])))
     marks = [token["target"] for token in tokens for _ in ids_of([token])]
     assert marks == list(map(bool, row["supervised"]))
+
+
+def test_tokens_that_are_markup_by_themselves(tmp_path: Path) -> None:
+    """Whole tags as one token each, as vocabularies of code have them; a tag cut into letters would harm nobody."""
+    tokenizer = deepcopy(TOKENIZER)
+    markup = [
+        "<script>alert(1)</script>",
+        "</span></mark></p></section>",
+        "</style>",
+        "<img/src=x/onerror=y>",
+        "&lt;",
+        "'\"",
+    ]
+    tokenizer.add_tokens(markup)
+    _, page, prepared = made(tmp_path, [demo("".join(markup), "".join(markup))], "conversation", tokenizer=tokenizer)
+    assert [token["text"] for token in page.rows[0] if token["text"] in markup] == markup * 2
+    assert ids_of(page.rows[0]) == prepared.train[0]["input_ids"]
+    assert not {tag for tag, _ in page.tags} & {"script", "img"}
 
 
 def test_nothing_of_a_row_is_lost(tmp_path: Path) -> None:

@@ -141,18 +141,17 @@ def test_a_turn_without_its_start_and_a_strange_one_are_other() -> None:
 
 
 def test_rows_of_one_table_do_not_touch() -> None:
-    """Roles of many rows at once are those of each row alone, whatever follows."""
+    """Roles of many rows at once are those of each row alone, also where two rows together would make a marker."""
     encoder = chat_encoder(TOKENIZER)
-    turns = [
-        [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "yes " * (i % 3 + 1)}] for i in range(9)
-    ]
-    rows = [
-        encoder.conversation(Conversation(messages=row), "assistant").ids[: 12 + 3 * i] for i, row in enumerate(turns)
-    ]
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes yes"}]
+    ids = encoder.conversation(Conversation(messages=turns), "assistant").ids
+    reply = len(ids) - ids[::-1].index(TOKENIZER.convert_tokens_to_ids("<|im_start|>")) - 1
+    rows = [ids, ids[reply:], ids[:reply], ids[reply:], ids[:4], ids[4:], ids]
     starts = np.cumsum([0, *map(len, rows)])[:-1]
     flat = np.array([id_ for row in rows for id_ in row], dtype=np.int32)
-    together = RoleMarkers(TOKENIZER, encoder).roles(flat, starts, OTHER)
-    assert [ROLES[role] for role in together] == [role for row in rows for role in found_roles(row, TOKENIZER)]
+    together = [ROLES[role] for role in RoleMarkers(TOKENIZER, encoder).roles(flat, starts, OTHER)]
+    assert together == [role for row in rows for role in found_roles(row, TOKENIZER)]
+    assert "assistant" not in together[len(ids) : len(ids) + len(ids[reply:])]
 
 
 def look(path: Path, rows: list[dict[str, Any]], kind: Any, **data: Any) -> tuple[Preview, Any]:
@@ -216,6 +215,9 @@ def test_padding_and_filling_by_hand(tmp_path: Path) -> None:
     loose, _ = look(tmp_path / "rows.jsonl", rows, "text", max_length=8, packing=False)
     assert loose.statistics.filling is not None
     assert (loose.statistics.filling.bins, loose.statistics.filling.padding) == (None, pytest.approx(4 / 12))
+    odd, _ = look(tmp_path / "rows.jsonl", rows[1:] * 3, "text", max_length=8, packing=False)
+    assert odd.statistics.filling is not None
+    assert odd.statistics.filling.padding == 0  # the last batch has one row, and no empty place
 
 
 def test_plain_rows_go_by_the_mask(tmp_path: Path) -> None:
