@@ -212,7 +212,7 @@ class RatioGuard(TrainerCallback):
         """In a run's first micro-batch: `forward` gives its log-probabilities (K,); not called again afterwards."""
         if not self._still:
             refuse_noise(forward(), forward(), self.limits.repeat)
-            # Autocast keeps the rounded weights, without a graph where the passes had none: nothing would be trained.
+            # A torch that kept weights rounded without a graph would give this micro-batch no gradient (2.13 doesn't).
             torch.clear_autocast_cache()
             self._still = True
 
