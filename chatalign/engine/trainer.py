@@ -86,7 +86,7 @@ class StageTrainer(SealedTrainer):
             self.ran_with = set_up(model, recipe, self.levers, args, rows=self.train_dataset, beside=self.beside())
             half = computes_in_half(model)
         self.multiple = HALF_MULTIPLE if half and args.device.type == "cpu" else 1
-        self._saving: AbstractContextManager[Any] = (
+        self._activations: AbstractContextManager[Any] = (
             OffloadedActivations(model) if self.levers.offload else nullcontext()
         )
         # The objective's loss is normalised over the optimizer step already; the first name is for transformers
@@ -173,7 +173,7 @@ class StageTrainer(SealedTrainer):
         filler = bool(inputs.pop("filler", False))
         if self.seen is not None:
             self.seen.add(inputs.pop("bins"))
-        with self._saving:
+        with self._activations:
             loss, metrics = self.objective(model, inputs, num_items_in_batch)
         self.metric_sums.add(metrics, filler=filler)
         self._tokens += 0 if filler else count_tokens(inputs)

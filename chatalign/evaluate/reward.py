@@ -19,6 +19,7 @@ from chatalign.errors import DataError
 from chatalign.evaluate.compare import accuracy_of
 from chatalign.evaluate.heldout import Pair, Question
 from chatalign.evaluate.policy import Answers, merged, token_budget
+from chatalign.maths.length import length_bias
 from chatalign.models.heads import load_reward_model, scores_at
 from chatalign.models.load import load_tokenizer
 from chatalign.recipe import ModelSection, QuantizationSection
@@ -95,7 +96,8 @@ def _retokenized(judge: Judge, questions: Sequence[Question], answers: Answers) 
 def pair_accuracies(judge: Judge, pairs: Sequence[Pair]) -> dict[str, float | int]:
     """Share of pairs whose chosen reply scores higher (ties ½): over all, and for each contrast that rows name.
 
-    Keys: ``accuracy``, ``{contrast}_accuracy``, ``n``, ``{contrast}_n``, ``margin`` (mean difference of raw scores).
+    Keys: ``accuracy``, ``{contrast}_accuracy``, ``n``, ``{contrast}_n``, ``margin`` (mean difference of raw scores),
+    and those of :class:`chatalign.maths.length.LengthBias` that can be said.
     """
     encoded = []
     for place, pair in enumerate(chat_encoder(judge.tokenizer).pairs([pair.preference for pair in pairs]), start=1):
@@ -103,19 +105,23 @@ def pair_accuracies(judge: Judge, pairs: Sequence[Pair]) -> dict[str, float | in
             raise DataError(f"`eval.pairs`, pair {place}: {pair}")
         encoded.append(pair)
     lengths = [_length(pair) for pair in encoded]
-    margins = [0.0 for _ in encoded]
+    scores = [(0.0, 0.0) for _ in encoded]
     for rows in token_budget_batches(
         lengths, token_budget(judge.device), order=sorted(range(len(lengths)), key=lengths.__getitem__)
     ):
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         batch = collate_pairs([{name: getattr(encoded[i], name) for name in names} for i in rows])
-        scores = _scores(judge, batch)
-        for i, chosen, rejected in zip(rows, scores[::2], scores[1::2], strict=True):
-            margins[i] = chosen - rejected
+        found = _scores(judge, batch)
+        for i, chosen, rejected in zip(rows, found[::2], found[1::2], strict=True):
+            scores[i] = (chosen, rejected)
+    margins = [chosen - rejected for chosen, rejected in scores]
+    reply_lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in encoded]
+    bias = length_bias(torch.tensor(scores).flatten(), torch.tensor(reply_lengths).flatten())
     result: dict[str, float | int] = {
         "accuracy": accuracy_of(margins),
         "n": len(margins),
         "margin": sum(margins) / len(margins),
+        **{name: number for name, number in bias.state_dict().items() if number is not None},
     }
     for contrast in sorted({pair.contrast for pair in pairs if pair.contrast}):
         chosen_ones = [margin for margin, pair in zip(margins, pairs, strict=True) if pair.contrast == contrast]
