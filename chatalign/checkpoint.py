@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: a manifest with every file's sha256 and the run's id, written last.
+"""Checkpoints that can be trusted: written aside, with a manifest of every file's sha256, and put in place whole.
 
 A checkpoint without a manifest was cut off while it was written; one whose files differ was altered since; one with
 another run's id is another run's. transformers resumes from all three without a word.
@@ -15,19 +15,58 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chatalign.artifact import sha256_file, verify_files, write_json
+from chatalign.artifact import sha256_file, verify_files, versions, write_json
 from chatalign.errors import CheckpointError, OtherRunError
 
 MANIFEST = "manifest.json"
+SAVING = ".saving"  # in the folder of checkpoints: where the next one is written
+LATEST = "LATEST"  # names the newest, for people and their tools; a resume looks at the manifests
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _PASSED_OVER = "a resume takes the checkpoint before it"
 _log = logging.getLogger("chatalign")
 
 
+def begin(checkpoints: str | Path) -> Path:
+    """An empty folder for the next checkpoint to be written into; what a killed save left there goes."""
+    aside = Path(checkpoints) / SAVING
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def publish(saved: Path, run_id: str, extra: Mapping[str, Any] | None = None) -> Path:
+    """Seal a checkpoint that lies in :func:`begin`'s folder and move it to its place, which it reaches whole.
+
+    To be called once every process has written its files.
+    """
+    write_manifest(saved, run_id, extra)
+    place = saved.parent.parent / saved.name
+    if place.exists():  # a resume passed it over, since it is damaged
+        shutil.rmtree(place)
+    os.replace(saved, place)
+    saved.parent.rmdir()
+    _sync(place.parent)
+    latest = place.parent / LATEST
+    aside = latest.with_name(f".{LATEST}.{os.getpid()}")
+    aside.write_text(place.name + "\n", "utf-8")
+    os.replace(aside, latest)
+    return place
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's names to disk: a renamed file is there after a power cut only then."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_manifest(checkpoint: str | Path, run_id: str, extra: Mapping[str, Any] | None = None) -> Path:
     """Seal a checkpoint: sync its files to disk, then write their hashes, whole or not at all.
 
-    To be called once every process has written its files. `extra` is whatever a resume must find again.
+    `extra` is whatever a resume must find again.
     """
     checkpoint = Path(checkpoint)
     files = {}
@@ -36,7 +75,8 @@ def write_manifest(checkpoint: str | Path, run_id: str, extra: Mapping[str, Any]
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             files[path.relative_to(checkpoint).as_posix()] = sha256_file(path)
-    return write_json(checkpoint / MANIFEST, {"run_id": run_id, "files": files, "extra": dict(extra or {})})
+    content = {"run_id": run_id, "files": files, "extra": dict(extra or {}), "versions": versions()}
+    return write_json(checkpoint / MANIFEST, content)
 
 
 def read_manifest(checkpoint: str | Path) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def parents_of(recipe: Recipe) -> list[Parent]:
 def recipe_fingerprint(recipe: Recipe) -> str:
     """The fingerprint of the run that `recipe` describes, from the files as they are now."""
     settings = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _NOT_IN_FINGERPRINT}
+    settings.get("train", {}).pop("max_hours", None)  # how long a process runs changes nothing in what it makes
     parents = {parent.role: parent.fingerprint for parent in parents_of(recipe)}
     models: dict[str, str | None] = {}
     for role, section in model_inputs(recipe).items():

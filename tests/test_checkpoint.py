@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from chatalign.checkpoint import MANIFEST, latest_valid, list_checkpoints, prune, read_manifest, verify, write_manifest
+from chatalign.checkpoint import (
+    LATEST,
+    MANIFEST,
+    begin,
+    latest_valid,
+    list_checkpoints,
+    prune,
+    publish,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from chatalign.errors import CheckpointError
 
 
@@ -98,3 +109,19 @@ def test_prune_never_leaves_a_run_without_a_whole_checkpoint(tmp_path: Path) -> 
     make(tmp_path, 5)
     assert len(prune(tmp_path, keep=1, run_id="mine")) == 4
     assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-5"]
+
+
+def test_a_checkpoint_is_written_aside_and_reaches_its_place_whole(tmp_path: Path) -> None:
+    left = make(begin(tmp_path), 2, sealed=False)  # by a save that was killed
+    assert list_checkpoints(tmp_path) == []
+    saved = make(begin(tmp_path), 4, sealed=False)
+    assert not left.exists()
+    place = publish(saved, "mine", {"tokens_seen": 4})
+    assert place == tmp_path / "checkpoint-4"
+    assert verify(place, "mine")["extra"] == {"tokens_seen": 4}
+    assert "torch" in json.loads((place / MANIFEST).read_text())["versions"]
+    assert (tmp_path / LATEST).read_text() == "checkpoint-4\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, "checkpoint-4"]
+    (place / "model.safetensors").unlink()  # damaged: a resume trains this step again, and saves it again
+    publish(make(begin(tmp_path), 4, sealed=False), "mine")
+    assert latest_valid(tmp_path, "mine") == place

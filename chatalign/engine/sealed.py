@@ -1,12 +1,14 @@
 """Checkpoints that can be trusted and runs that can be stopped, for our trainers and TRL's alike.
 
-A mixin above ``transformers.Trainer``: it seals each checkpoint with a manifest, keeps trainable weights alone in
-it, turns SIGINT and SIGTERM into a checkpoint and a message, and stops on a loss that is not finite.
+A mixin above ``transformers.Trainer``: it writes each checkpoint aside and seals it with a manifest, keeps trainable
+weights alone in it, turns SIGINT, SIGTERM, SIGUSR1 and a spent time budget into a checkpoint and a message, and stops
+on a loss that is not finite.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ class SealedTrainer(Trainer):
     model: nn.Module
     saved_use_cache: bool | None = None  # the configuration's value, which Trainer turns off for training
     stopping: bool = False  # all processes know that they stop at this step
+    _saving: bool = False  # a checkpoint is written, aside
 
     def stage_state(self) -> dict[str, Any]:
         """JSON-able state of the stage that a resume must find again."""
@@ -56,9 +59,9 @@ class SealedTrainer(Trainer):
     def train(  # type: ignore[override]  # without hyperparameter search
         self, resume_from_checkpoint: str | None = None
     ) -> TrainOutput:
-        """Train to the end, or raise Interrupted after a signal, with a checkpoint saved."""
+        """Train to the end, or raise Interrupted after a signal or ``max_hours``, with a checkpoint saved."""
         self._tokens_before = 0  # seen by the run before this process started
-        self.stopwatch, self.stop = Stopwatch(), StopRequest()
+        self.stopwatch, self.stop, self.began = Stopwatch(), StopRequest(), time.perf_counter()
         if resume_from_checkpoint is not None:
             extra = checkpoint.read_manifest(resume_from_checkpoint)["extra"]
             self._tokens_before = int(extra["tokens"])
@@ -107,15 +110,24 @@ class SealedTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.stopwatch.paused():
             tokens = self.count_tokens()
+            if self.args.should_save:
+                checkpoint.begin(self.run.checkpoints)
+            self.accelerator.wait_for_everyone()
+            self._saving = True
             super()._save_checkpoint(model, trial)
+            self._saving = False
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                folder = self.run.checkpoints / f"checkpoint-{self.state.global_step}"
-                extra = {"tokens": tokens, "stage": self.stage_state()}
-                checkpoint.write_manifest(folder, self.run.run_id, extra)
+                saved = self.run.checkpoints / checkpoint.SAVING / f"checkpoint-{self.state.global_step}"
+                extra = {"tokens": tokens, "stage": self.stage_state(), "world_size": self.args.world_size}
+                checkpoint.publish(saved, self.run.run_id, extra | {"fingerprint": self.run.fingerprint})
                 if (keep := self.recipe.train.save_total_limit) is not None:
                     checkpoint.prune(self.run.checkpoints, keep=keep, run_id=self.run.run_id)
             self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / checkpoint.SAVING) if self._saving else folder
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:  # gathered from shards
@@ -131,7 +143,10 @@ class SealedTrainer(Trainer):
 
 
 class _StopWhenAsked(TrainerCallback):
-    """After a signal: save at the end of this step and stop. Several processes agree on it at log steps."""
+    """After a signal, or with the time spent: save at the end of this step and stop.
+
+    Several processes agree on it at log steps.
+    """
 
     def __init__(self, trainer: SealedTrainer) -> None:
         self.trainer = trainer
@@ -139,6 +154,9 @@ class _StopWhenAsked(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Runs after transformers' own flow callback, which decides whether this step is logged."""
         trainer = self.trainer
+        budget = trainer.recipe.train.max_hours
+        if budget is not None and time.perf_counter() - trainer.began > 3600 * budget:
+            trainer.stop.received = trainer.stop.received or f"`train.max_hours: {budget:g}` are over"
         asked = trainer.stop.received is not None
         if args.world_size > 1:
             if not control.should_log:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask the trainer to save and stop; a second one ends the process at once."""
+"""SIGINT, SIGTERM and SIGUSR1 (Slurm's ``--signal``) ask the trainer to save and stop; a second ends it at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:

@@ -26,7 +26,7 @@ from chatalign.runs import Run
 from chatalign.tracking import report_to
 
 # Read by the stage or the trainer base, not by TrainingArguments.
-_NOT_PASSED = {"learning_rate", "save_total_limit", *levers.KEYS}
+_NOT_PASSED = {"learning_rate", "save_total_limit", "max_hours", *levers.KEYS}
 
 
 @dataclass(frozen=True, kw_only=True)

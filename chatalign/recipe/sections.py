@@ -183,7 +183,8 @@ class TrainSection(Section):
 
     ``activation_offloading`` is TRL's; ``fused_layers`` is ours, what a CPU uses where a GPU has Liger. Where it,
     ``bf16``, ``tf32`` and ``use_liger_kernel`` are null, the hardware decides; ``gradient_checkpointing: auto``
-    recomputes as few layers as the GPU's memory asks for.
+    recomputes as few layers as the GPU's memory asks for. ``max_hours`` is ours: after so long a process saves and
+    ends with status 130, and the same command goes on.
     """
 
     learning_rate: Positive | None = None  # None: the stage's published default, full or LoRA
@@ -218,6 +219,7 @@ class TrainSection(Section):
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
     save_steps: Positive = 200
     save_total_limit: Count | None = 2
+    max_hours: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 42
     data_seed: int | None = None
     full_determinism: bool = False

@@ -94,23 +94,29 @@ class _DropsOut(LmTrainer):
 
 
 class _Signalled(_DropsOut):
-    """Gets SIGTERM from outside during step 5."""
+    """Gets a signal from outside during step 5, or finds then that its time is over."""
+
+    cause = "SIGTERM"
 
     def objective(self, model: Any, batch: Any, num_items: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.state.global_step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.state.global_step == 4 and self.cause == "max_hours":
+            self.began -= 3601.0
+        elif self.state.global_step == 4:
+            os.kill(os.getpid(), signal.Signals[self.cause])
         return super().objective(model, batch, num_items)
 
 
 _RESUMED = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "save_steps": 2, "lr_scheduler_type": "cosine"}
 
 
-def test_a_stopped_run_goes_on_bit_by_bit_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cause", ["SIGTERM", "SIGINT", "SIGUSR1", "max_hours"])
+def test_a_stopped_run_goes_on_bit_by_bit_the_same(cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = lm_rows(7)  # 4 steps an epoch, the last one short; 12 in all
     whole = make_trainer(tmp_path / "whole", rows, trainer_class=_DropsOut, **_RESUMED)
     train(whole, whole.run)
-    stopped = make_trainer(tmp_path / "run", rows, trainer_class=_Signalled, **_RESUMED)
-    with pytest.raises(Interrupted, match=r"SIGTERM: saved at step 5 of 12 .* goes on from there"):
+    monkeypatch.setattr(_Signalled, "cause", cause)
+    stopped = make_trainer(tmp_path / "run", rows, trainer_class=_Signalled, **_RESUMED, max_hours=1.0)
+    with pytest.raises(Interrupted, match=rf"{cause}.*: saved at step 5 of 12 .* goes on from there"):
         train(stopped, stopped.run)
     assert checkpoint.latest_valid(stopped.run.checkpoints, "run1").name == "checkpoint-5"
     resumed = make_trainer(tmp_path / "run", rows, trainer_class=_DropsOut, **_RESUMED)
@@ -153,7 +159,7 @@ def test_checkpoints_hold_no_pickled_settings_and_old_ones_go(tmp_path: Path) ->
     trainer = make_trainer(tmp_path, lm_rows(8), save_steps=1, save_total_limit=2)
     train(trainer, trainer.run)
     names = sorted(path.name for path in trainer.run.checkpoints.iterdir())
-    assert names == ["checkpoint-3", "checkpoint-4"]
+    assert names == ["LATEST", "checkpoint-3", "checkpoint-4"]
     assert not list(trainer.run.checkpoints.rglob("training_args.bin"))
     manifest = json.loads((trainer.run.checkpoints / "checkpoint-4" / "manifest.json").read_text())
     assert manifest["extra"]["tokens"] == trainer.state.num_input_tokens_seen
