@@ -51,8 +51,10 @@ class SeenRows:
         """How many bins, a hash of their order, and one of the last bin's rows; the same on every process."""
         return {"bins": self.count, "order": self._order.hexdigest(), "last": self._content()}
 
-    def go_on_from(self, state: Mapping[str, Any]) -> None:
-        """Walk on to `state_dict`; raises CheckpointError where that is another order or other rows."""
+    def go_on_from(self, state: Mapping[str, Any] | None) -> None:
+        """Walk on to `state_dict`; raises CheckpointError where that is another order or other rows, or missing."""
+        if state is None:
+            raise other_rows(self.place, "it doesn't say which it has seen")
         while self.count < state["bins"]:
             self._next()
         if self.count != state["bins"] or self._order.hexdigest() != state["order"]:

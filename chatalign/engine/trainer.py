@@ -271,7 +271,7 @@ class StageTrainer(SealedTrainer):
     def load_stage_state(self, state: Mapping[str, Any]) -> None:
         """Take `stage_state` back; raises CheckpointError where this run would see other rows."""
         if self.seen is not None:
-            self.seen.go_on_from(state["seen"])
+            self.seen.go_on_from(state.get("seen"))
 
     def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:  # type: ignore[override]
         """Train to the end, or raise Interrupted after a signal, with a checkpoint saved."""

@@ -108,6 +108,15 @@ def test_rows_that_another_tokenizer_made(whole: LmTrainer, tmp_path: Path) -> N
         go_on(tmp_path, 4, rows=other)
 
 
+def test_a_checkpoint_that_does_not_say(whole: LmTrainer, tmp_path: Path) -> None:
+    manifest = copy_of(whole, tmp_path) / "checkpoint-4" / checkpoint.MANIFEST
+    sealed = json.loads(manifest.read_text("utf-8"))
+    sealed["extra"]["stage"] = {}  # as one from before the order was kept
+    manifest.write_text(json.dumps(sealed), "utf-8")
+    with named(47):
+        go_on(tmp_path, 4)
+
+
 def test_a_ppo_rollout_of_other_prompts(make_recipe: Make) -> None:
     each_step = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
     over = {"train": each_step, "ppo": {"total_episodes": 8}}
