@@ -155,7 +155,7 @@ class _Reader:
         if names == ["input_ids"]:
             return "at its end"
         replies_cut = any(columns[name][-1] not in self.texts.special_ids for name in names[1:])
-        start_cut = not replies_cut or self._roles("prompt_ids", columns)[0] == OTHER
+        start_cut = not replies_cut or bool(self._roles("prompt_ids", columns)[0] == OTHER)
         places = ["the prompt's start"] * start_cut + ["a reply's end"] * replies_cut
         return f"at {' and '.join(places)}"
 

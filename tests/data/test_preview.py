@@ -139,6 +139,19 @@ def test_both_sides_of_a_pair_and_labels_are_shown(tmp_path: Path) -> None:
     assert "label: thumb down" in printed(path, [{"prompt": "hi", "completion": "x", "label": 0}], "unpaired")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "where"),
+    [
+        ("hello " * 60, "yes", "at the prompt's start"),
+        ("hi", "yes " * 60, "at a reply's end"),
+        ("hello " * 60, "yes " * 60, "at the prompt's start and a reply's end"),
+    ],
+)
+def test_a_pair_says_where_it_was_cut(prompt: str, chosen: str, where: str, tmp_path: Path) -> None:
+    text = printed(tmp_path / "rows.jsonl", [{"prompt": prompt, "chosen": chosen, "rejected": "no"}], "preference")
+    assert re.search(rf"^cut from \d+ to 128 tokens, {where}$", text, flags=re.M)
+
+
 def test_brackets_stand_in_for_colour_wherever_it_is_turned_off(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": ROW}))
