@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chatalign.data.json_values import TOO_DEEP, JsonReader
+from chatalign.data.json_values import TOO_DEEP, JsonReader, printable
 from chatalign.data.opening import foreign_bytes, open_text
 from chatalign.data.rows import Broken, kind_of
 from chatalign.errors import DataError
@@ -41,7 +41,8 @@ def json_reader(path: Path) -> Callable[[Path], Numbered] | None:
         if not begin:
             raise DataError(f"{path}: holds no rows; give a file with at least one")
         if begin != "{":
-            what = kind_of(window.value(JsonReader(), row=1))
+            value = window.value(JsonReader(), row=1)
+            what = "no JSON" if isinstance(value, Broken) else kind_of(value)
             raise DataError(f"{path}: holds {what}, not a list of rows; write a list of objects")
         lists = {key for key, number, value in _members(window) if number == 1 and isinstance(value, dict | Broken)}
         if window.peek() == "{":
@@ -80,11 +81,15 @@ def _elements(window: _Window, reader: JsonReader) -> Numbered:
 def _members(window: _Window) -> Iterator[tuple[str, int, Any]]:
     """The members of the object that begins here: of a list each element with its place, of others the value and 0."""
     reader, number = JsonReader(), 0
+    keys: set[str] = set()
     ended = window.take("{", row=1) == "{" and window.peek() == "}"
     if ended:
         window.take("}", row=1)
     while not ended:
         key = str(window.value(reader, row=1))
+        if key in keys:
+            raise DataError(f"{window.path}: {printable(key)}: stands twice in one object → keep one")
+        keys.add(key)
         window.take(":", row=1)
         if window.peek() == "[":
             for number, value in _elements(window, reader):

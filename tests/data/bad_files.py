@@ -162,6 +162,8 @@ FILES = [
     BadFile("Latin-1 in a list's row", "f.json", f'[{GOOD}, {turn(chr(34) + "caf" + chr(0xe9) + chr(34))}, {GOOD}]'.encode("latin-1"), ":2: is not UTF-8 (byte 0xe9, character 87) → save the file as UTF-8", 2, {"is not UTF-8": 1}),
     BadFile("key twice in the rows of an object", "f.json", f'{{"version": 2, "data": [{GOOD}, {{"a": 1, "a": 2}}, {GOOD}]}}'.encode(), ":2: a: stands twice in one object → keep one", 2, {"a: stands twice in one object": 1}),
     BadFile("an object with two lists of rows", "f.json", f'{{"train": [{GOOD}], "test": [{GOOD}]}}'.encode(), ': a JSON object without one list of rows; write a list, or {"data": […]}'),
+    BadFile("two lists under one key", "f.json", f'{{"data": [{GOOD}], "data": [{GOOD}]}}'.encode(), ": data: stands twice in one object → keep one"),
+    BadFile("NaN alone", "f.json", b"NaN", ": holds no JSON, not a list of rows; write a list of objects"),
     BadFile("an object of columns", "f.json", b'{"prompt": ["a"], "completion": ["b"]}', ': a JSON object without one list of rows; write a list, or {"data": […]}'),
     BadFile("deep lists in a list", "f.json", f"[{GOOD}, {DEEP}]".encode(), ":2: is nested more than 100 levels deep → flatten it"),
     BadFile("UTF-16 list", "f.json", f"[{GOOD}]".encode("utf-16"), ": is UTF-16 text by its first bytes; save it as UTF-8"),
