@@ -212,7 +212,7 @@ class RatioGuard(TrainerCallback):
         """In a run's first micro-batch: `forward` gives its log-probabilities (K,); not called again afterwards."""
         if not self._still:
             refuse_noise(forward(), forward(), self.limits.repeat)
-            # A torch that kept weights rounded without a graph would give this micro-batch no gradient (2.13 doesn't).
+            # With what these passes rounded in autocast's cache, FSDP2 under bf16 trains to other weights.
             torch.clear_autocast_cache()
             self._still = True
 
