@@ -50,7 +50,7 @@ def launch_of_config(path: str | Path) -> Launch:
         raise RecipeError(f"{path}: holds no mapping; write it with `accelerate config`")
     kind = str(config.get("distributed_type", "NO")).upper()
     deepspeed = {**_deepspeed_file(config), **(config.get("deepspeed_config") or {})}
-    processes, machines = int(config.get("num_processes") or 1), int(config.get("num_machines") or 1)
+    processes, machines = (int(_number(config.get(name)) or 1) for name in ("num_processes", "num_machines"))
     alone = kind in ("NO", "MULTI_CPU") and not (config.get("mpirun_config") or config.get("mpirun_hostfile"))
     zero3 = kind == "DEEPSPEED" and deepspeed.get("zero_stage") == 3
     return Launch(
@@ -73,13 +73,13 @@ def _deepspeed_file(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        return {
+            "gradient_accumulation_steps": settings.get("gradient_accumulation_steps", 1),
+            "gradient_clipping": settings.get("gradient_clipping"),
+            "zero_stage": settings.get("zero_optimization", {}).get("stage"),
+        }
+    except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(f"{path}: can't be read ({error}); mend it, or take `deepspeed_config_file` out") from None
-    return {
-        "gradient_accumulation_steps": settings.get("gradient_accumulation_steps", 1),
-        "gradient_clipping": settings.get("gradient_clipping"),
-        "zero_stage": settings.get("zero_optimization", {}).get("stage"),
-    }
 
 
 def launch_of_environment(environment: Mapping[str, str] = os.environ) -> Launch:

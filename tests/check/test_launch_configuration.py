@@ -142,6 +142,15 @@ def test_a_file_that_is_not_there_is_a_finding(check: Check) -> None:
     assert "nowhere.yaml: no such file" in only(check(accelerate_config="nowhere.yaml")["recipe"], "FAIL")
 
 
+@pytest.mark.parametrize("text", ["- a list", "a: [", None])
+def test_a_file_that_cannot_be_read_is_a_finding(place: Path, check: Check, text: str | None) -> None:
+    config = DEEPSPEED | {"deepspeed_config": {"deepspeed_config_file": "ds.json"}}
+    (place / "ds.json").write_text("[]")
+    (place / "accelerate.yaml").write_text(yaml.safe_dump(config) if text is None else text)
+    said = only(check(accelerate_config="accelerate.yaml")["recipe"], "FAIL")
+    assert said.startswith("ds.json: can't be read" if text is None else "accelerate.yaml: ")
+
+
 def test_accelerates_default_file_is_found(place: Path, check: Check) -> None:
     assert "launch" not in check()
     (place / "home" / "accelerate").mkdir(parents=True)
