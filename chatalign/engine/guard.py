@@ -205,7 +205,7 @@ class LossShares:
         if not self._due():
             return
         if loss.requires_grad and not self.trainer.is_deepspeed_enabled:
-            loss.register_hook(lambda factor: self._weigh(items * factor.detach().double()))
+            loss.register_hook(lambda factor: self._weigh(items * factor.detach().float()))
         else:
             self._weigh(items)
 
@@ -224,8 +224,8 @@ class LossShares:
         if not self._due():
             return
         scaler = self.trainer.accelerator.scaler
-        items = torch.as_tensor(self._items, dtype=torch.float64) / (scaler.get_scale() if scaler is not None else 1.0)
-        total = self.trainer.reduce(items.to(self.trainer.args.device, torch.float32))
+        items = torch.as_tensor(self._items, dtype=torch.float32, device=self.trainer.args.device)
+        total = self.trainer.reduce(items / (scaler.get_scale() if scaler is not None else 1.0))
         share = float(total) / max(float(self._whole), 1.0)
         self._items = 0.0
         if abs(share - 1) > 1e-4 and float(total) > 0:

@@ -65,8 +65,8 @@ def refuse_low_precision(head: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(_HIDDEN_STATES, weight.shape[-1], generator=generator).to(weight.device)
     with torch.no_grad():
-        scores = head(hidden).flatten().double()
-    exact = hidden.double() @ weight.double().flatten()
+        scores = head(hidden).flatten().cpu().double()
+    exact = hidden.cpu().double() @ weight.cpu().double().flatten()
     spread = float(exact.std())
     gap = float((scores - exact).abs().max())
     if gap > _ROUNDING * spread:
@@ -97,7 +97,7 @@ def measure_probe(model: Any, tokenizer: Any, *, half: bool, spread: float = 0.0
 
 def scale_of(scores: Tensor, *, half: bool, spread: float = 0.0) -> Scale:
     """The scale of the probe's scores (8,)."""
-    scores = scores.detach().double()
+    scores = scores.detach().cpu().double()
     return Scale(mean=float(scores.mean()), std=float(scores.std()), spread=spread, half=half)
 
 
