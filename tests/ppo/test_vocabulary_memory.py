@@ -82,8 +82,7 @@ def largest(trainer: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
     found["rollout"] = watch.elements, watch.shape
     assert sum(map(len, rollout.response_ids)) == TOKENS
     with Largest(weights) as watch:
-        collector.own_logps = True
-        collector._measure(prompts, rollout.response_ids)
+        collector._measure(prompts, rollout.response_ids, logps=True)
     found["scoring"] = watch.elements, watch.shape
     batch = collate_sequences(prompts, rollout.response_ids)
     with Largest(weights) as watch:
