@@ -62,6 +62,7 @@ def execute(stage: str, run: RunFunction, path: str, overrides: Sequence[str], *
         quiet_libraries()
         if not force and (done := finished(recipe)) is not None:
             say(f"{recipe.output_dir}: already finished (run {done.run_id}); --force runs it again")
+            _upload(recipe, only_waiting=True)
             return
         refuse_problems(recipe)
     with locked(recipe.output_dir):
@@ -93,11 +94,18 @@ def hand_out(recipe: Recipe) -> None:
     from chatalign.report import write_run_report
 
     say(f"report: {write_run_report(recipe.output_dir)}")
+    _upload(recipe)
+
+
+def _upload(recipe: Recipe, *, only_waiting: bool = False) -> None:
+    """Push a finished run where its recipe asks for it; `only_waiting`: where the Hub didn't take it before."""
     hub = getattr(recipe, "hub", None)
     if hub is None or not hub.push:
         return
-    from chatalign.hub import push
+    from chatalign.hub import pending, push
 
+    if only_waiting and not pending(recipe.output_dir):
+        return
     try:
         say(f"pushed: {push(recipe.output_dir, hub.repo, private=hub.private)}")
     except HubError as error:

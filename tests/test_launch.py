@@ -50,13 +50,16 @@ def test_a_run_goes_to_the_hub_that_its_recipe_names_and_outlives_one_that_is_do
     folder = recipe.parent / "run"
     with HubServer(fail_with=500) as down:
         done = launch(recipe, down)
-    assert done.returncode == EXIT_REFUSED, done.stderr
-    assert f"`chatalign push {folder} --repo me/tiny` uploads it" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert f"the run is finished and kept, `chatalign push --pending {folder}` uploads it" in done.stderr
     assert "Traceback" not in done.stderr
     run_id = load_artifact(folder).run_id  # finished and kept
     with HubServer() as hub:
         again = launch(recipe, hub)
         assert "already finished" in again.stdout
+        assert {"model.safetensors", "artifact.json"} <= set(hub.files)  # what waited
+        hub.files.clear()
+        assert "pushed" not in launch(recipe, hub).stdout
         assert not hub.files
         forced = launch(recipe, hub, "--force")
         assert forced.returncode == 0, forced.stderr
