@@ -76,7 +76,7 @@ def later_copies(
     for place in np.flatnonzero((alike >= 0).any(axis=1)).tolist():
         row, mine = int(rows[place]), alike[place][alike[place] >= 0].tolist()
         others = sorted({other for band in mine for other in stay[band]})
-        for part in parts:
+        for part in reversed(parts):  # replies first: prompts of one template are alike, and their replies aren't
             others = [other for other, near in zip(others, _near(part, row, others, threshold), strict=True) if near]
         if others:
             copies.append(row)

@@ -401,7 +401,7 @@ def test_the_sides_of_a_split_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_bad_rows_and_formats_are_told_as_without_cleaning(tmp_path: Path) -> None:
-    rows = [{"b": 1}, {"q": "a", "a": "b"}, {"q": "", "a": "b"}, {"q": "a", "a": "b"}]
+    rows = [*[{"b": 1}] * 260, {"q": "a", "a": "b"}, {"q": "", "a": "b"}, {"q": "a", "a": "b"}]
     path = rows_file(tmp_path / "rows.jsonl", rows)
     with Path(path).open("a") as file:
         file.write('\n{"q": \n')
