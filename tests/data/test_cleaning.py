@@ -411,7 +411,7 @@ def test_bad_rows_and_formats_are_told_as_without_cleaning(tmp_path: Path) -> No
         section = DataSection(datasets=[source], on_bad_row="drop", clean=clean)
         (used,) = prepare(section, TOKENIZER, "conversation", seed=0).used
         accounts.append(used)
-        with pytest.raises(DataError, match=r"rows\.jsonl:\d: "):
+        with pytest.raises(DataError, match=r"rows\.jsonl:265: broken JSON"):
             prepare(section.model_copy(update={"on_bad_row": "error"}), TOKENIZER, "conversation", seed=0)
     assert accounts[1].dropped == accounts[0].dropped | {"duplicate of an earlier row": 1}
     assert (accounts[0].used, accounts[1].used) == (2, 1)
