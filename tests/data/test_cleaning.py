@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from chatalign.check.models import package_findings
 from chatalign.data import prepare
 from chatalign.data.encode import RowEncoder
 from chatalign.data.languages import other_language
@@ -26,7 +27,7 @@ from chatalign.data.ngrams import contained, ngrams, words, words_and_marks
 from chatalign.data.profiles import content_digest, row_ngrams
 from chatalign.data.rows import Conversation
 from chatalign.errors import DataError, DependencyError
-from chatalign.recipe import DataSection
+from chatalign.recipe import DataSection, validate_stage
 
 TOKENIZER = tokenizer_of(BY_NAME["chatml"])
 SUBJECTS = ("the old river", "a small engine", "my neighbour", "this theorem", "the green parrot", "our city")
@@ -440,3 +441,16 @@ def test_documents_have_no_turns_and_packages_are_named(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(DependencyError, match=r"pip install 'chatalign\[clean\]'"):
         cleaned(path, {"near_duplicates": 0.8}, "text")
+
+
+def test_check_refuses_a_recipe_whose_packages_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = {"near_duplicates": 0.8, "languages": ["en"]}
+    raw = {"stage": "sft", "output_dir": "x", "model": {"name_or_path": "x"}}
+    recipe = validate_stage(raw | {"data": {"datasets": [{"path": "x"}], "clean": clean}}, where="test")
+    assert [finding.problem for finding in package_findings(recipe)] == [None, None]
+    monkeypatch.setattr("chatalign.check.models.find_spec", lambda _: None)
+    problems = [str(finding.problem) for finding in package_findings(recipe)]
+    assert problems == [
+        f"this recipe needs the package {package}; pip install 'chatalign[clean]'"
+        for package in ("datasketch", "py3langid")
+    ]
