@@ -158,6 +158,8 @@ class RowEncoder:
             return made
         kept: list[Columns] = []
         dropped: Dropped | None = None
+        # Of a conversation that is a row a reply, a later reply may lie beyond the cut: that is a cut of it all.
+        full_length = max((len(one.ids) for one in made), default=0)
         for one in made:
             fitted = fit_conversation(one, self.section.max_length, self.section.on_overlong)
             if isinstance(fitted, Dropped):
@@ -166,9 +168,11 @@ class RowEncoder:
                 refuse_without_targets(fitted, self.section.max_length)
                 columns = {"input_ids": fitted.ids, "supervised": fitted.supervised, "full_length": len(one.ids)}
                 kept.append(columns)
-        if dropped is not None and (not kept or self.section.on_overlong == "error"):
+        if dropped is None:
+            return kept
+        if not kept or self.section.on_overlong == "error":
             return dropped
-        return kept
+        return [columns | {"full_length": full_length} for columns in kept]
 
     def _pair(self, pair: EncodedPair | BadRow) -> list[Columns] | BadRow | Dropped:
         if isinstance(pair, BadRow):

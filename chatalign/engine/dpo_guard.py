@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from chatalign.errors import GuardError
 from chatalign.maths.preference import PreferenceLoss
-from chatalign.maths.preference_losses import DPOLossType
 from chatalign.maths.preference_start import loss_at_start
 from chatalign.recipe import DpoSection
 
@@ -27,7 +25,7 @@ def refuse_other_loss(section: DpoSection, loss_of: Callable[[Tensor, Tensor, Te
     (slopes_2B,) = torch.autograd.grad(found_loss, logps_2B)
     found = (float(found_loss.detach()), *slopes_2B.tolist())
     value, chosen, rejected = loss_at_start(
-        cast(DPOLossType, section.loss_type),
+        section.loss_type,
         beta=section.beta,
         label_smoothing=section.label_smoothing,
         lengths=_LENGTHS,

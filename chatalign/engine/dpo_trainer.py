@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from chatalign.engine.loss_head import token_logprobs
 from chatalign.engine.model_setup import set_up_reference
 from chatalign.engine.sealed import SealedTrainer
 from chatalign.engine.trainer import Items, Metrics, StageTrainer
-from chatalign.errors import GuardError, ModelError, RecipeError
+from chatalign.errors import GuardError, ModelError
 from chatalign.maths.logprobs import sum_by_sequence
 from chatalign.maths.preference import PreferenceLoss, dpo_loss
 from chatalign.maths.preference_losses import DPOLossType
@@ -31,27 +31,6 @@ from chatalign.recipe import DpoRecipe
 CHOSEN, REJECTED = "ref_chosen_logps", "ref_rejected_logps"
 # Largest |log π − log π_ref| a token before the first update: rounding, and no more.
 _DRIFT_AT_START = {"full": 1e-3, "half": 5e-2}
-
-
-def loss_type_of(recipe: DpoRecipe) -> DPOLossType:
-    """The recipe's loss by name; raises RecipeError where there is none of that name, or smoothing it would ignore."""
-    name: Any = recipe.dpo.loss_type
-    if name not in get_args(DPOLossType):
-        raise RecipeError(f"`dpo.loss_type: {name}` is not a loss; give one of {', '.join(get_args(DPOLossType))}")
-    one = torch.ones(1)
-    try:
-        dpo_loss(
-            chosen_logps_B=one,
-            rejected_logps_B=one,
-            reference_free=True,
-            loss_type=name,
-            label_smoothing=recipe.dpo.label_smoothing,
-            chosen_lengths_B=one,
-            rejected_lengths_B=one,
-        )
-    except ValueError as error:
-        raise RecipeError(f"`dpo`: {error}") from None
-    return cast(DPOLossType, name)
 
 
 def collate_dpo(rows: Sequence[Mapping[str, Any]]) -> Batch:
@@ -73,7 +52,7 @@ class DpoTrainer(StageTrainer):
     def __init__(self, *, reference: Reference, **settings: Any) -> None:
         assert isinstance(settings["recipe"], DpoRecipe)
         self.section = settings["recipe"].dpo
-        self.loss_type = loss_type_of(settings["recipe"])
+        self.loss_type: DPOLossType = settings["recipe"].dpo.loss_type
         self.reference = reference
         self._tokens_per_reply: Tensor | float | None = None
         self._checked = False

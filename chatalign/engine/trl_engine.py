@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from typing import Any
 
 from chatalign import tracking
-from chatalign.engine.dpo_trainer import loss_type_of
 from chatalign.engine.sealed import SealedTrainer
 from chatalign.engine.stage import Work, argument_values
 from chatalign.errors import DependencyError, RecipeError
@@ -61,7 +60,7 @@ def dpo_trainer(work: Work, reference: Reference) -> SealedTrainer:
     settings = _settings(work) | {
         "max_length": None,
         "beta": recipe.dpo.beta,
-        "loss_type": [loss_type_of(recipe), *(["sft"] if with_sft else [])],
+        "loss_type": [recipe.dpo.loss_type, *(["sft"] if with_sft else [])],
         "loss_weights": [1.0, recipe.dpo.sft_weight] if with_sft else None,
         "label_smoothing": recipe.dpo.label_smoothing,
         "precompute_ref_log_probs": recipe.dpo.precompute_ref_log_probs,

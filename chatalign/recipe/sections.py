@@ -250,14 +250,45 @@ class HubSection(Section):
         return self
 
 
+DpoLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+
+
 class DpoSection(Section):
     """``trl.DPOConfig``'s fields. ``loss_type`` names a function of :mod:`chatalign.maths.preference`."""
 
     beta: Positive = 0.1
-    loss_type: str = "sigmoid"
+    loss_type: DpoLoss = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     precompute_ref_log_probs: bool = False
     sft_weight: NonNegative = 0.0  # RPO's negative log-likelihood of the chosen reply (arXiv 2404.19733)
+
+    @model_validator(mode="after")
+    def _no_key_that_the_loss_ignores(self) -> Self:
+        smoothed = ("aot", "aot_unpaired", "exo_pair", "robust")
+        if self.label_smoothing and self.loss_type not in smoothed:
+            raise ValueError(
+                f"`label_smoothing` is ignored by `loss_type: {self.loss_type}`; it acts in {', '.join(smoothed)} "
+                f"(robust is the sigmoid loss under flipped labels)"
+            )
+        if self.sft_weight and self.loss_type == "sft":
+            raise ValueError("`sft_weight` is `loss_type: sft` a second time; give one of the two")
+        return self
 
 
 class RewardSection(Section):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 
 from chatalign.errors import RecipeError
 from chatalign.recipe import (
+    DpoSection,
     LoraSection,
     QuantizationSection,
     SftRecipe,
@@ -20,6 +22,7 @@ from chatalign.recipe import (
     load_recipe,
     parse_overrides,
     read_yaml,
+    validate_stage,
 )
 
 SFT: dict[str, Any] = {
@@ -223,3 +226,44 @@ def test_dpo_and_kto_keys_are_trls_own() -> None:
     ours = {"sft_weight", "normalize", "max_length_bias"}  # documented in the sections
     for section, config in [(DpoSection, DPOConfig), (KtoSection, KTOConfig), (RewardSection, RewardConfig)]:
         assert set(section.model_fields) - ours <= {field.name for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss_type": "sigmiod"}, r"`dpo.loss_type`: .*'sigmoid_norm' \(it is 'sigmiod'\)"),
+        ({"label_smoothing": 0.1}, "`label_smoothing` is ignored by `loss_type: sigmoid`"),
+        ({"loss_type": "sft", "sft_weight": 0.1}, "give one of the two"),
+    ],
+)
+def test_dpo_settings_that_nobody_reads_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        validate_stage(SFT | {"stage": "dpo", "dpo": changes}, where="test")
+
+
+def test_dpo_losses_are_those_of_the_maths() -> None:
+    from chatalign.maths.preference import dpo_loss
+    from chatalign.maths.preference_losses import DPOLossType
+
+    assert set(get_args(DpoSection.model_fields["loss_type"].annotation)) == set(get_args(DPOLossType))
+    one = torch.ones(1)
+    for name in get_args(DPOLossType):  # the recipe and the maths agree on which of them read label_smoothing
+        raw = SFT | {"stage": "dpo", "dpo": {"loss_type": name, "label_smoothing": 0.1}}
+        refused = []
+        for use in (
+            lambda raw=raw: validate_stage(raw, where="test"),
+            lambda name=name: dpo_loss(
+                chosen_logps_B=one,
+                rejected_logps_B=one,
+                reference_free=True,
+                loss_type=name,
+                label_smoothing=0.1,
+                chosen_lengths_B=one,
+                rejected_lengths_B=one,
+            ),
+        ):
+            try:
+                use()
+            except ValueError:
+                refused.append(name)
+        assert len(refused) in (0, 2), name

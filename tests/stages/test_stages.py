@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from chatalign import dpo, pretrain, reward, sft
 from chatalign.artifact import load_artifact, sha256_weights, verify_files
 from chatalign.engine.dpo_trainer import DpoTrainer
-from chatalign.errors import ArtifactError, GuardError, ModelError, RecipeError
+from chatalign.errors import ArtifactError, GuardError, ModelError
 from chatalign.models.adapters import load_policy
 from chatalign.models.heads import load_reward_model
 from chatalign.models.tokenizer import load_tokenizer
@@ -195,20 +195,6 @@ def test_dpo_refuses_a_reference_that_moved(
     monkeypatch.setattr(DpoTrainer, "objective", moves_it)
     with pytest.raises(GuardError, match="its weights changed during training"):
         dpo.run(recipe)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dpo__loss_type": "sigmiod"}, "`dpo.loss_type: sigmiod` is not a loss"),
-        ({"dpo__label_smoothing": 0.1}, "which .* would ignore"),
-    ],
-)
-def test_dpo_settings_that_nobody_reads_are_refused(
-    tmp_path: Path, data: Path, tiny_model_folder: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(RecipeError, match=message):
-        dpo.run(make_recipe("dpo", tmp_path, data, tiny_model_folder, **changes))
 
 
 def pretrain_recipe(folder: Path, data: Path, tokenizer: Path, **changes: Any) -> PretrainRecipe:
