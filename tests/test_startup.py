@@ -14,7 +14,19 @@ HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "trl", "nump
 PYDANTIC = {"pydantic", "pydantic_core", "yaml", "typer"}
 # Optional packages of trackers, reports, other engines and metrics. bitsandbytes is not ours to keep out: peft imports
 # it wherever it is installed.
-UNASKED = {"trl", "wandb", "tensorboard", "trackio", "matplotlib", "evaluate", "sklearn", "scipy", "vllm", "deepspeed"}
+# Not scipy: where it is installed, transformers imports it for its losses of object detection.
+UNASKED = {
+    "trl",
+    "wandb",
+    "tensorboard",
+    "trackio",
+    "matplotlib",
+    "evaluate",
+    "sklearn",
+    "datasketch",
+    "vllm",
+    "deepspeed",
+}
 REPORT = """
 import atexit, json, sys
 def report():

@@ -148,7 +148,8 @@ def format_of(source: DatasetSource, first: RawRow, kind: Kind, *, place: str | 
         _refuse_nulls(row)
     if found is None:
         raise DataError(f"{place or source.path}: {_unrecognised(row, kind)}")
-    if kind not in KINDS_OF[found]:
+    chats_as_text = kind == "text" and source.format is not None and "conversation" in KINDS_OF[found]
+    if kind not in KINDS_OF[found] and not chats_as_text:
         raise DataError(f"{place or source.path}: {_wrong_kind(row, found, kind)}")
     if source.format is None and (problem := _half_recognised(row, found)):
         raise DataError(f"{place or source.path}: {problem}")
@@ -220,6 +221,8 @@ def normalise(raw: RawRow, source: DatasetSource, format_: Format, kind: Kind) -
     made = _READERS[format_](row)
     if source.system:
         made = _with_system(made, source.system)
+    if kind == "text" and isinstance(made, Conversation):
+        return _as_document(made)
     return _as_prompt(made, row) if kind == "prompt" else _finished(made)
 
 
@@ -256,6 +259,14 @@ def _with_system(row: Row, system: str) -> Row:
     if isinstance(row, Conversation) and row.first_supervised:
         changes["first_supervised"] = row.first_supervised + 1
     return replace(row, **changes)
+
+
+def _as_document(row: Conversation) -> Text:
+    """A conversation as plain text: its turns' contents, one under another."""
+    for i, turn in enumerate(row.messages):
+        if turn.get("tool_calls"):
+            raise BadRow(f"messages[{i}].tool_calls", "have no place in plain text", "take the row out")
+    return Text(text="\n".join(turn["content"] for turn in row.messages))
 
 
 def _as_prompt(row: Row, columns: RawRow) -> Prompt:

@@ -252,6 +252,21 @@ def test_wrong_kind_of_data_is_named() -> None:
         format_of(SOURCE, {"instruction": "x", "output": "y"}, "preference")
 
 
+def test_chats_are_documents_only_where_the_recipe_says_so() -> None:
+    row = {"messages": m("Hi", "Hello!")}
+    named = DatasetSource(path="rows.jsonl", format="messages", system="Be kind.")
+    format_ = format_of(named, row, "text")
+    assert normalise(row, named, format_, "text") == Text(text="Be kind.\nHi\nHello!")
+    with pytest.raises(DataError, match="needs plain text"):
+        format_of(DatasetSource(path="rows.jsonl"), row, "text")
+    with pytest.raises(DataError, match="needs plain text"):
+        format_of(DatasetSource(path="rows.jsonl", format="preference"), row, "text")
+    call = {"function": {"name": "add", "arguments": {}}}
+    tools = {"messages": [*m("1 + 2?"), {"role": "assistant", "tool_calls": [call]}]}
+    with pytest.raises(BadRow, match="have no place in plain text"):
+        normalise(tools, named, "messages", "text")
+
+
 def test_misspelt_columns_are_named() -> None:
     with pytest.raises(DataError, match=r"`columns\.promt` is not a name of the schema; did you mean `prompt`\?"):
         format_of(DatasetSource(path="rows.json", columns={"promt": "q"}), {"q": "x"}, "prompt")
