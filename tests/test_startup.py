@@ -12,9 +12,8 @@ import yaml
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "trl", "numpy", "pandas", "matplotlib", "rich"}
 PYDANTIC = {"pydantic", "pydantic_core", "yaml", "typer"}
-# Optional packages of trackers, reports, other engines and metrics. bitsandbytes is not ours to keep out: peft imports
-# it wherever it is installed.
-# Not scipy: where it is installed, transformers imports it for its losses of object detection.
+# Optional packages of trackers, reports, other engines and metrics. Not ours to keep out where they are installed are
+# bitsandbytes, which peft imports, and scipy, which transformers' losses of object detection import.
 UNASKED = {
     "trl",
     "wandb",
