@@ -17,20 +17,22 @@ from chatalign.recipe.load import (
 )
 
 if TYPE_CHECKING:
+    from chatalign.recipe.methods import (
+        DpoSection,
+        EvalSection,
+        KtoSection,
+        PpoSection,
+        RewardFunction,
+        RewardSection,
+    )
     from chatalign.recipe.sections import (
         CleanSection,
         DataSection,
         DatasetSource,
-        DpoSection,
-        EvalSection,
         HubSection,
-        KtoSection,
         LoraSection,
         ModelSection,
-        PpoSection,
         QuantizationSection,
-        RewardFunction,
-        RewardSection,
         Section,
         TrainSection,
     )
@@ -89,6 +91,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'chatalign.recipe' has no attribute {name!r}")
-    from chatalign.recipe import sections, stages
+    from chatalign.recipe import methods, sections, stages
 
-    return getattr(stages if hasattr(stages, name) else sections, name)
+    return getattr(next(module for module in (stages, methods, sections) if hasattr(module, name)), name)

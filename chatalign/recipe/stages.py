@@ -6,17 +6,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from chatalign.recipe.methods import DpoSection, EvalSection, KtoSection, PpoSection, RewardSection
 from chatalign.recipe.sections import (
     DataSection,
-    DpoSection,
-    EvalSection,
     HubSection,
-    KtoSection,
     LoraSection,
     ModelSection,
-    PpoSection,
     QuantizationSection,
-    RewardSection,
     Section,
     TrainSection,
 )

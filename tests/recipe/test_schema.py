@@ -9,9 +9,8 @@ from collections.abc import Iterator
 import pytest
 from pydantic import BaseModel
 
-from chatalign.recipe import STAGES, PipelineRecipe
+from chatalign.recipe import STAGES, DatasetSource, ModelSection, PipelineRecipe, RewardFunction
 from chatalign.recipe.schema import SCHEMA_NAMES, SCHEMAS, STAGE_NAMES, Keys, schema_text
-from chatalign.recipe.sections import DatasetSource, ModelSection, RewardFunction
 
 CLASSES: dict[str, type[BaseModel]] = {**STAGES, "pipeline": PipelineRecipe}
 
