@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -93,14 +93,16 @@ def _check_recipes(recipes: Mapping[str, Recipe], launch: Launch | None) -> dict
     earlier = {recipe.output_dir: recipe for recipe in recipes.values()} if len(recipes) > 1 else {}
     used = DiskUse()
     starts = {name: list(start_findings(recipe, frozenset(earlier))) for name, recipe in recipes.items()}
-    ready = {name for name, findings in starts.items() if all(finding.problem is None for finding in findings)}
     with _rows_beside(list(recipes.values())) as looked_at:
+        ready = {name for name, findings in starts.items() if all(finding.problem is None for finding in findings)}
+        if isinstance(looked_at, dict):  # read already: rows that are wrong needn't wait for a tokenizer's import
+            ready -= {name for name in ready if any(f.problem for f in row_findings(recipes[name], looked_at))}
         share = _SAMPLE // max(len(ready), 1)
         tokens = {
             name: list(token_findings(recipes[name], earlier, sample_bytes=share)) if name in ready else []
             for name in recipes
         }
-        rows = looked_at()
+        rows = looked_at if isinstance(looked_at, dict) else looked_at.result()
     found = {}
     for name, recipe in recipes.items():
         places = place_findings(recipe, earlier, used) if name in ready else ()
@@ -110,16 +112,16 @@ def _check_recipes(recipes: Mapping[str, Recipe], launch: Launch | None) -> dict
 
 
 @contextmanager
-def _rows_beside(recipes: Sequence[Recipe]) -> Iterator[Callable[[], LookedAt]]:
-    """Read the rows of large files in a process of their own, while this one imports a tokenizer and tokenizes."""
+def _rows_beside(recipes: Sequence[Recipe]) -> Iterator[LookedAt | Future[LookedAt]]:
+    """What the rows hold; of large files as it comes from a process beside this one, which imports a tokenizer."""
     sources = [source for recipe in recipes for section, _ in data_sections(recipe) for source in section.datasets]
     files = {Path(source.path) for source in sources if Path(source.path).is_file()}
     if sum(file.stat().st_size for file in files) < _BYTES_BESIDE:
-        yield lambda: look_at_rows(recipes)
+        yield look_at_rows(recipes)
         return
     # Forked before torch has threads, where that can be: nothing is imported again.
     with ProcessPoolExecutor(1, get_context("fork" if sys.platform == "linux" else "spawn")) as beside:
-        yield beside.submit(look_at_rows, recipes).result
+        yield beside.submit(look_at_rows, recipes)
 
 
 def print_check(

@@ -122,7 +122,7 @@ def test_bad_rows_are_said_once(place: Path, check: Check) -> None:
     write_rows(place / "rows.jsonl", [question(0), {"messages": []}, question(1)])
     found = check()
     assert only(found["rows"], "FAIL").startswith("rows.jsonl:2: messages")
-    assert [finding.status for finding in found["template"]] == ["ok"]
+    assert "template" not in found  # no tokenizer is imported until the rows are right
 
 
 def test_folders_and_max_rows_are_tokenized_too(place: Path) -> None:
