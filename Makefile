@@ -5,7 +5,7 @@ THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY = 1
 export OMP_NUM_THREADS = $(THREADS)
 
-.PHONY: setup quickstart check test test-fast bench bench-peers pocket-data pocket-base pocket-study pocket-frontier clean
+.PHONY: setup quickstart check test test-fast faults bench bench-peers pocket-data pocket-base pocket-study pocket-frontier clean
 
 setup: $(VENV)/.installed  ## a virtual environment with chatalign and everything its tests use
 
@@ -30,6 +30,9 @@ test: setup  ## everything that CI runs, two processes of one thread each
 
 test-fast: setup  ## without what takes more than a few seconds
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+faults: setup  ## kill -9 at 100 points of a chain, and every file of a checkpoint damaged
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CHATALIGN_KILLS=100 $(BIN)/python -m pytest tests/faults
 
 bench-peers: setup  ## each peer in an environment of its own, under bench/.venvs (about 14 GB)
 	$(BIN)/python bench/peers.py

@@ -201,15 +201,11 @@ def _retried(call: Callable[[], Any], repo_id: str) -> Any:
 
 
 def _wait_asked_for(error: Exception, usual: float | None) -> float | None:
-    """Seconds until a call is worth another try; None where it isn't."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
+    """Seconds until a call is worth another try; None where it isn't, or where the client has tried for long."""
     response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    final = status is not None and status < 500 and status != 429
-    if usual is None or final or isinstance(error, OfflineModeIsEnabled):
+    if usual is None or response is None or (response.status_code < 500 and response.status_code != 429):
         return None
-    header = "" if response is None else str(response.headers.get("Retry-After", ""))
+    header = str(response.headers.get("Retry-After", ""))
     asked = float(header) if header.isdigit() else usual
     return asked if asked <= _LONGEST_WAIT_S else None
 

@@ -153,9 +153,10 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Step]:
     return {work: Step(*one_step(trainer), trainer.model) for work, trainer in trainers.items()}
 
 
-# Recorded with torch 2.13 and transformers 5.23. Where those moved and nothing here did, record again.
+# Recorded with torch 2.13 and transformers 5.23. Where those moved and nothing here did, record again. One wait a
+# backward pass is the guard's on the loss's shares, which looks at one step in 64 where waiting costs time.
 @pytest.mark.parametrize(
-    ("work", "operators", "waits"), [("sft", 295, 2), ("lora", 353, 2), ("dpo", 619, 5)], ids=lambda value: str(value)
+    ("work", "operators", "waits"), [("sft", 299, 3), ("lora", 357, 3), ("dpo", 624, 7)], ids=lambda value: str(value)
 )
 def test_operators_of_a_step(steps: dict[str, Step], work: str, operators: int, waits: int) -> None:
     found = steps[work]
