@@ -1,0 +1,349 @@
+"""What must not move a run: each stage, with one thing changed that says how to compute and not what, step by step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine.test_fused_layers import plain_rotary
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama import modeling_llama
+
+from chatalign.engine import attention, batching, lm_trainer, trainer
+from chatalign.engine.loss_head import sum_of_logprobs
+from chatalign.merge import merge as merge_adapter
+from chatalign.recipe.load import merge
+from chatalign.recipe.stages import STAGES
+
+LORA = {"r": 4, "lora_alpha": 8}
+PREPARED = ("pretrain", "sft", "reward", "dpo")  # stages whose rows are there before training
+NATIVE = (*PREPARED, "ppo")
+WORDS = ("hello", "world", "thank you", "the answer is Paris", "the capital of France", "1 + 2 = 3", "你好，世界")
+FILES = {"pretrain": "text", "sft": "turns", "reward": "pairs", "dpo": "pairs", "ppo": "prompts"}
+REWARD = '''
+def letters(*, prompts, replies, extras):
+    """A point for each letter a, a tenth less for each character."""
+    return [reply.count("a") - 0.1 * len(reply) for reply in replies]
+'''
+BAR = 1e-5
+ROUNDING = 5e-7  # of a mean of differences: four units in the last place of a float32
+RATES = {"reward": 0.002}  # at the others' rate its margins run to 3 and more, where −log σ magnifies rounding
+Line = dict[str, float]
+
+
+def signed_residuals(ours: Sequence[float], theirs: Sequence[float]) -> Tensor:
+    """(ours − theirs) / |theirs| for each step, in float64; PPO's loss is a sum that can be near 0, hence the floor."""
+    mine, base = (torch.tensor(values, dtype=torch.float64) for values in (ours, theirs))
+    return (mine - base) / base.abs().clamp_min(0.1)
+
+
+def assert_zero_mean(residuals: Tensor) -> None:
+    """Raise AssertionError where signed differences lean to one side: |mean| > 3 standard errors and above rounding.
+
+    Sums of floats in another order err to both sides, so over the steps their differences cancel. A weight or divisor
+    that is a little wrong errs to one side at each step, and can do so far below any bar on a single step.
+    """
+    mean, error = float(residuals.mean().abs()), float(residuals.std()) / len(residuals) ** 0.5
+    assert mean <= max(3 * error, ROUNDING), f"mean {mean:.1e} of {residuals.tolist()}: all lean to one side"
+
+
+def assert_same_steps(ours: list[Line], theirs: list[Line]) -> None:
+    """Loss and gradient norm of each step within 1e-5 of the baseline's, relative, and off it to both sides."""
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert len(ours) >= 4
+    for name in ("loss", "grad_norm"):
+        residuals = signed_residuals([line[name] for line in ours], [line[name] for line in theirs])
+        assert float(residuals.abs().max()) <= BAR, f"{name}: {residuals.tolist()}"
+        assert_zero_mean(residuals)
+
+
+# Rows and runs
+
+
+def _rows() -> dict[str, list[dict[str, Any]]]:
+    """18 rows of each file, of unequal lengths and numbers of targets; the fifth step of an epoch has two rows."""
+    texts = [" ".join(WORDS[(i + j) % 7] for j in range(1 + i * 3 % 5)) for i in range(18)]
+    replies = [" ".join(WORDS[(i * 2 + j) % 7] for j in range(1 + i * 5 % 4)) for i in range(18)]
+    turns = [
+        {"messages": [{"role": "user", "content": f"{text} {i}?"}, {"role": "assistant", "content": reply}]}
+        for i, (text, reply) in enumerate(zip(texts, replies, strict=True))
+    ]
+    pairs = [
+        {"prompt": f"{text} {i}?", "chosen": reply, "rejected": f"{WORDS[i % 7]} no {i}"}
+        for i, (text, reply) in enumerate(zip(texts, replies, strict=True))
+    ]
+    numbered = [f"{text} {i}" for i, text in enumerate(texts)]
+    return {
+        "text": [{"text": text} for text in numbered],
+        "turns": turns,
+        "pairs": pairs,
+        "prompts": [{"prompt": text} for text in numbered],
+    }
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    for name, lines in _rows().items():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, "utf-8")
+    (folder / "rewards.py").write_text(REWARD, "utf-8")
+    return folder
+
+
+Steps = Callable[..., list[Line]]
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory, rows: Path, tiny_model_folder: Path) -> Steps:
+    """`steps(stage, over)`: what a run of 5 steps (PPO: 8) of up to 4 rows logs; plain SGD, which hides no scale."""
+
+    def run(stage: str, over: Mapping[str, Any] | None = None) -> list[Line]:
+        folder = Path((over or {}).get("output_dir") or tmp_path_factory.mktemp(stage) / "run")
+        raw: dict[str, Any] = {
+            "stage": stage,
+            "output_dir": str(folder),
+            "model": {"name_or_path": str(tiny_model_folder)},
+            "data": {"datasets": [{"path": str(rows / f"{FILES[stage]}.jsonl")}], "max_length": 96},
+            "train": {
+                "optim": "sgd",
+                "learning_rate": RATES.get(stage, 0.1),
+                "max_grad_norm": 1e3,
+                "per_device_train_batch_size": 4,
+                "max_steps": 5,
+                "logging_steps": 1,
+                "lr_scheduler_type": "constant",
+                "warmup_steps": 0,
+                "save_strategy": "no",
+                "use_cpu": True,
+            },
+        }
+        if stage == "ppo":
+            raw["ppo"] = {
+                "total_episodes": 16,
+                "rollout_batch_size": 8,
+                "num_ppo_epochs": 2,
+                "num_mini_batches": 2,
+                "response_length": 8,
+                "rewards": [{"function": f"{rows / 'rewards.py'}:letters"}],
+            }
+            raw["train"] |= {"max_steps": -1}
+        elif stage in ("pretrain", "sft"):
+            raw["data"]["packing"] = False
+        import_module(f"chatalign.{stage}").run(STAGES[stage].model_validate(merge(raw, dict(over or {}))))
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+        return [line for line in lines if "loss" in line]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def baseline(steps: Steps) -> Steps:
+    """`baseline(stage)`: the run without a change, made once."""
+    made: dict[str, list[Line]] = {}
+
+    def of(stage: str) -> list[Line]:
+        if stage not in made:
+            made[stage] = steps(stage)
+        return made[stage]
+
+    return of
+
+
+# How a step is cut
+
+
+@pytest.mark.parametrize("stage", NATIVE)
+@pytest.mark.parametrize("size", [2, 1])
+def test_accumulation(stage: str, size: int, steps: Steps, baseline: Steps) -> None:
+    over = {"per_device_train_batch_size": size}
+    if stage != "ppo":  # there the minibatch is given, and the accumulation follows
+        over["gradient_accumulation_steps"] = 4 // size
+    assert_same_steps(steps(stage, {"train": over}), baseline(stage))
+
+
+@pytest.mark.parametrize(("stage", "capacity"), [("pretrain", 48), ("sft", 96)])
+def test_packing(stage: str, capacity: int, steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The padded run is given, step by step, the rows that the packed run's bins held."""
+    assert_same_steps(*packed_and_padded(stage, capacity, steps, monkeypatch))
+
+
+def padded_logprobs(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Σ log p of a flat batch's targets from a rectangle of its rows, padded, through plain masked attention."""
+    starts, ends = batch["segments"][:, 0], batch["segments"][:, 1]
+    mask = torch.arange(int((ends - starts).max())) < (ends - starts)[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, batch["input_ids"])
+    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+    logps = logits[mask][batch["predict_positions"]].log_softmax(-1)
+    return logps.gather(1, batch["targets"][:, None]).sum()
+
+
+def packed_and_padded(
+    stage: str, capacity: int, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Line], list[Line]]:
+    kept: list[batching.Bins] = []
+    make_bins = batching.make_bins
+    monkeypatch.setattr(trainer, "make_bins", lambda *args: kept.append(make_bins(*args)) or kept[-1])
+    over: dict[str, Any] = {"data": {"packing": True, "max_length": capacity}}
+    over["train"] = {"per_device_train_batch_size": 1, "max_steps": 4}
+    packed = steps(stage, over)
+    bins = kept[0].bins
+    assert max(map(len, bins)) > 2
+    order = batching.BinSampler(len(bins), batch_size=1, seed=42).stretches()
+    planned = [list(bins[bin_]) for (bin_,) in order]
+    monkeypatch.setattr(batching.BinSampler, "stretches", lambda _self: iter(planned))
+    monkeypatch.setattr(batching.BinSampler, "__len__", lambda _self: len(planned))
+    monkeypatch.setattr(lm_trainer, "sum_of_logprobs", padded_logprobs)
+    padded = steps(stage, merge(over, {"data": {"packing": False}}))
+    assert len(kept[-1]) == sum(map(len, planned))  # a row a bin
+    assert [line["tokens"] for line in padded] == [line["tokens"] for line in packed]
+    return packed, padded
+
+
+# How a step is computed
+
+
+def _dense_mask(plan: attention.SegmentPlan) -> Tensor:
+    """(T, T) booleans of what the plan's segments see, written down from its definition."""
+    spans: list[tuple[int, int]] = []
+    mask = torch.zeros(sum(plan.lengths), sum(plan.lengths), dtype=torch.bool)
+    for length, prefix in zip(plan.lengths, plan.prefixes, strict=True):
+        start = spans[-1][1] if spans else 0
+        spans.append((start, start + length))
+        mask[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
+        if prefix is not None:
+            mask[start : start + length, slice(*spans[prefix])] = True
+    return mask[None, None]
+
+
+def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    layer: Any = SimpleNamespace(num_key_value_groups=1, training=False)
+    hidden = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return modeling_llama.eager_attention_forward(layer, query, key, value, hidden, scaling)[0]
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    return sdpa_attention_forward(SimpleNamespace(is_causal=False), query, key, value, mask, scaling=scaling)[0]
+
+
+@pytest.mark.parametrize("stage", NATIVE)
+@pytest.mark.parametrize("whole", [_eager, _sdpa], ids=["eager", "sdpa"])
+def test_attention(
+    stage: str, whole: Callable[..., Tensor], steps: Steps, baseline: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers' own kernels over the whole row with a T × T mask, in place of ours segment by segment."""
+    theirs, rows_seen = baseline(stage), []
+
+    def over_the_row(
+        query: Tensor, key: Tensor, value: Tensor, plan: Any, _dropout: float, scaling: Any, _: Any
+    ) -> Any:
+        rows_seen.append(len(plan.lengths))
+        return whole(query, key, value, _dense_mask(plan), scaling)
+
+    monkeypatch.setattr(attention, "_segment_by_segment", over_the_row)
+    assert_same_steps(steps(stage), theirs)
+    assert max(rows_seen) >= 4
+
+
+@pytest.mark.parametrize("stage", NATIVE)
+@pytest.mark.parametrize("train", [{"gradient_checkpointing": True}, {"fused_layers": False}], ids=str)
+def test_levers(
+    stage: str, train: dict[str, bool], steps: Steps, baseline: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = baseline(stage)
+    if "fused_layers" in train:  # fused layers leave their function in the modeling file
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", plain_rotary)
+    assert_same_steps(steps(stage, {"train": train}), theirs)
+
+
+@pytest.mark.parametrize("stage", PREPARED)
+def test_workers_of_the_loader_change_no_bit(stage: str, steps: Steps, baseline: Steps) -> None:
+    own = steps(stage, {"train": {"dataloader_num_workers": 2}})
+    for mine, theirs in zip(own, baseline(stage), strict=True):
+        for name in mine.keys() - {"time_s", "tokens_per_s"}:
+            assert mine[name] == theirs[name], name
+
+
+# Adapter and merged model
+
+
+@pytest.fixture(scope="module")
+def starts(steps: Steps, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An SFT adapter that has moved, and the same merged into its base."""
+    folder = tmp_path_factory.mktemp("starts")
+    train = {"optim": "adamw_torch_fused", "learning_rate": 3e-2, "max_steps": 8}
+    steps("sft", {"output_dir": str(folder / "adapter"), "lora": LORA, "train": train})
+    return folder / "adapter", merge_adapter(folder / "adapter", folder / "merged")
+
+
+@pytest.mark.parametrize("stage", NATIVE)
+def test_a_run_starts_from_the_merged_model_as_from_its_adapter(
+    stage: str, steps: Steps, starts: tuple[Path, Path], tiny_model_folder: Path
+) -> None:
+    """The first step's metrics, before any update: the loss, DPO's and PPO's reference, PPO's rollout and values."""
+    ours, theirs, base = (
+        steps(stage, {"model": {"name_or_path": str(start)}, "lora": LORA, "train": {"max_steps": 1}})[0]
+        for start in (*starts, tiny_model_folder)
+    )
+    # The gradient norm is of other weights: those of an adapter that has moved, and of a new one.
+    measured = {name for name in ours if not name.startswith("speed/")} - {"grad_norm", "time_s", "tokens_per_s"}
+    for name in measured:
+        assert ours[name] == pytest.approx(theirs[name], rel=BAR, abs=BAR), name
+    told = {"dpo": "logps/chosen"}.get(stage, "loss")  # DPO's first loss is ln 2 whatever the model
+    assert theirs[told] != pytest.approx(base[told], rel=1e-3)
+
+
+# These comparisons can fail
+
+
+def test_residuals_of_one_sign_are_found() -> None:
+    assert_zero_mean(torch.tensor([3e-6, -2e-6, 1e-6, -3e-6, 2e-6]))
+    assert_zero_mean(torch.tensor([1e-7] * 5))
+    with pytest.raises(AssertionError, match="lean to one side"):
+        assert_zero_mean(torch.tensor([3e-6, 2e-6, 2.5e-6, 3e-6, 2e-6]))
+
+
+def test_a_mean_over_micro_batches_is_found(steps: Steps, baseline: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean_of_means(self: Any, model: Any, batch: Any, _num_items: Any) -> Any:
+        return -sum_of_logprobs(model, batch) / batch["targets"].numel() / self.args.gradient_accumulation_steps, {}
+
+    theirs = baseline("sft")
+    monkeypatch.setattr(lm_trainer.LmTrainer, "objective", mean_of_means)
+    assert_same_steps(steps("sft"), theirs)  # right where a step is one micro-batch
+    cut = steps("sft", {"train": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}})
+    with pytest.raises(AssertionError, match="loss: "):
+        assert_same_steps(cut, theirs)
+
+
+def test_a_bias_far_below_the_bar_is_found(steps: Steps, baseline: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = lm_trainer.LmTrainer.objective
+
+    def heavier(self: Any, model: Any, batch: Any, num_items: Any) -> Any:
+        return objective(self, model, batch, num_items / (1 + 3e-6))
+
+    theirs = baseline("sft")
+    monkeypatch.setattr(lm_trainer.LmTrainer, "objective", heavier)
+    with pytest.raises(AssertionError, match="lean to one side"):
+        assert_same_steps(steps("sft"), theirs)
+
+
+def test_packed_rows_that_see_one_another_are_found(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = attention._segment_by_segment
+
+    def leaks(query: Tensor, key: Tensor, value: Tensor, plan: Any, dropout: float, scaling: Any, softcap: Any) -> Any:
+        if query.shape[2] < 30:  # the start-up check's, which would refuse it
+            return own(query, key, value, plan, dropout, scaling, softcap)
+        mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
+        return _sdpa(query, key, value, mask[None, None], scaling)
+
+    monkeypatch.setattr(attention, "_segment_by_segment", leaks)
+    packed, padded = packed_and_padded("sft", 96, steps, monkeypatch)
+    with pytest.raises(AssertionError, match="loss: "):
+        assert_same_steps(packed, padded)
