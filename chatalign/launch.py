@@ -5,6 +5,7 @@ Exit status: 0 done (or already finished), 2 refused or failed with one line, 13
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -145,6 +146,13 @@ def guarded(work: Callable[[], None], *, show_traceback: bool = False) -> int:
             traceback.print_exc()
         print(f"chatalign: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED if isinstance(error, Interrupted) else EXIT_REFUSED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where, why = error.filename or "the disk", os.strerror(error.errno)
+        again = "make some, and run the same command, which goes on where it was"
+        print(f"chatalign: {where}: no room is left ({why}); {again}", file=sys.stderr)
+        return EXIT_REFUSED
     except KeyboardInterrupt:
         print("chatalign: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -20,6 +20,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from chatalign import checkpoint
+from chatalign.engine.disk import checkpoint_bytes, room_for
 from chatalign.engine.guard import StepGuard
 from chatalign.engine.metrics import Stopwatch
 from chatalign.engine.signals import StopRequest
@@ -113,17 +114,22 @@ class SealedTrainer(Trainer):
             if self.args.should_save:
                 checkpoint.begin(self.run.checkpoints)
             self.accelerator.wait_for_everyone()
-            self._saving = True
-            super()._save_checkpoint(model, trial)
-            self._saving = False
+            needed = checkpoint_bytes(self.model, self.optimizer)
+            with room_for(self.run.checkpoints / checkpoint.SAVING, needed, "a checkpoint"):
+                self._saving = True
+                super()._save_checkpoint(model, trial)
+                self._saving = False
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._publish(tokens)
             self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                saved = self.run.checkpoints / checkpoint.SAVING / f"checkpoint-{self.state.global_step}"
-                extra = {"tokens": tokens, "stage": self.stage_state(), "world_size": self.args.world_size}
-                checkpoint.publish(saved, self.run.run_id, extra | {"fingerprint": self.run.fingerprint})
-                if (keep := self.recipe.train.save_total_limit) is not None:
-                    checkpoint.prune(self.run.checkpoints, keep=keep, run_id=self.run.run_id)
-            self.accelerator.wait_for_everyone()
+
+    def _publish(self, tokens: int) -> None:
+        saved = self.run.checkpoints / checkpoint.SAVING / f"checkpoint-{self.state.global_step}"
+        extra = {"tokens": tokens, "stage": self.stage_state(), "world_size": self.args.world_size}
+        checkpoint.publish(saved, self.run.run_id, extra | {"fingerprint": self.run.fingerprint})
+        if (keep := self.recipe.train.save_total_limit) is not None:
+            checkpoint.prune(self.run.checkpoints, keep=keep, run_id=self.run.run_id)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

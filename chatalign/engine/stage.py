@@ -15,6 +15,7 @@ from chatalign.artifact import Artifact, BaseModelRef, DataUsed, Kind, hash_file
 from chatalign.data import Prepared
 from chatalign.engine import levers
 from chatalign.engine.defaults import learning_rate
+from chatalign.engine.disk import model_bytes, room_for
 from chatalign.errors import RecipeError
 from chatalign.models.adapters import save_model
 from chatalign.models.generation import refuse_other_stops
@@ -152,7 +153,8 @@ def finish(
         restore_for_use(model, getattr(trainer, "saved_use_cache", None))
         if state_dict is not None:
             state_dict = without_tied_copies(model, state_dict)
-        save_model(model, tokenizer, run.model_folder, base_ref=base_ref, state_dict=state_dict)
+        with room_for(run.model_folder, model_bytes(model), "the finished model"):
+            save_model(model, tokenizer, run.model_folder, base_ref=base_ref, state_dict=state_dict)
         if kind in ("reward_model", "reward_adapter"):
             refuse_unsaved_score(model, run.model_folder, state_dict)
         elif getattr(model, "generation_config", None) is not None:

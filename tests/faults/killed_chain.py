@@ -19,7 +19,10 @@ import safetensors.torch
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+ROOT = Path(__file__).resolve().parents[2]  # shipped recipes name their rows from there
 WRITES = frozenset("wax+")
+# What a forkserver imports once: a start costs more than what is trained here. (It looks for nothing beside the tests.)
+PRELOADED = ["chatalign.pipeline", "chatalign.sft", "chatalign.reward", "chatalign.dpo", "chatalign.ppo"]
 
 
 class Points:
@@ -79,7 +82,7 @@ def run(
     from chatalign.pipeline import run_pipeline
 
     os.environ.update(environment)
-    os.chdir(Path(__file__).resolve().parents[2])  # shipped recipes name their rows from there
+    os.chdir(ROOT)
     datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])
     torch.set_num_threads(1)
     points = Points(Path(recipe).parent, kill_at)

@@ -18,8 +18,8 @@ from chatalign.artifact import Artifact, load_artifact
 from chatalign.errors import ArtifactError
 from chatalign.metrics_file import METRICS_FILE, read_metrics
 from faults import killed_chain
+from faults.killed_chain import PRELOADED, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("sft", "reward", "dpo", "ppo")
 SAVE_EVERY = 2
 KILLS = int(os.environ.get("CHATALIGN_KILLS", "20"))  # `make faults` sets 100
@@ -67,9 +67,8 @@ class Chain:
 
     def start(self, kill_at: int | None = None) -> int:
         """Run it; the exit code, -9 where it was killed at that point."""
-        # From a server that has imported everything once: a start costs more than what is trained here.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["faults.preloaded"])
+        context.set_forkserver_preload(PRELOADED)
         environment = {"HF_DATASETS_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
         arguments = (str(self.recipe), {}, environment, kill_at, str(self.folder / "labels.json"))
         process = context.Process(target=killed_chain.run, args=arguments)
