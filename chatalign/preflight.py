@@ -26,6 +26,7 @@ from chatalign.check import (
 )
 from chatalign.check.launch import Launch, default_config, launch_findings, launch_of_config
 from chatalign.errors import ChatalignError
+from chatalign.forked import end_with_parent
 from chatalign.recipe import Recipe, load_pipeline, load_recipe, parse_overrides, read_yaml
 
 _BYTES_BESIDE = 8 * 2**20  # of row files, above which they are read in a process beside the one that tokenizes
@@ -120,7 +121,7 @@ def _rows_beside(recipes: Sequence[Recipe]) -> Iterator[LookedAt | Future[Looked
         yield look_at_rows(recipes)
         return
     # Forked before torch has threads, where that can be: nothing is imported again.
-    with ProcessPoolExecutor(1, get_context("fork" if sys.platform == "linux" else "spawn")) as beside:
+    with ProcessPoolExecutor(1, get_context("fork" if sys.platform == "linux" else "spawn"), end_with_parent) as beside:
         yield beside.submit(look_at_rows, recipes)
 
 

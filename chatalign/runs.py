@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import yaml
 
@@ -39,6 +39,17 @@ RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 Status = Literal["finished", "resumable", "stale", "new"]
 _NOT_IN_FINGERPRINT = {"output_dir", "tracking", "hub", "run_name"}
+_locks: set[IO[str]] = set()  # the files that this process holds locks by
+
+
+def _hold_no_locks() -> None:
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+# A lock lasts until every process has closed its file: a loader's worker would hold it beyond its parent's death.
+os.register_at_fork(after_in_child=_hold_no_locks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +223,11 @@ def locked(folder: str | Path) -> Iterator[None]:
             raise RecipeError(
                 f"{folder}: another chatalign run writes here; wait for it, or change `output_dir`"
             ) from None
-        yield
+        _locks.add(file)
+        try:
+            yield
+        finally:
+            _locks.discard(file)
 
 
 def _open_run(recipe: Recipe) -> Run:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "chatalign"
 LAYERS = [
     {"errors", "maths", "__init__"},
-    {"recipe", "artifact", "runs", "metrics_file", "phases"},
+    {"recipe", "artifact", "runs", "metrics_file", "phases", "forked"},
     {"data", "models", "engine", "rollout", "checkpoint", "tracking"},
     {
         "sft",
@@ -57,7 +57,7 @@ LIGHT = (
     "commands",
     "data.checks",
 )
-LIGHT += ("warm", "phases", "side_by_side", "summary", "sweep", "verify")
+LIGHT += ("warm", "phases", "forked", "side_by_side", "summary", "sweep", "verify")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 

@@ -25,6 +25,7 @@ from chatalign.data.formats import normalise
 from chatalign.data.mixing import prompt_hash
 from chatalign.data.rows import BadRow, Row
 from chatalign.errors import DataError
+from chatalign.forked import end_with_parent
 from chatalign.recipe import DatasetSource
 from chatalign.recipe.sections import Format
 
@@ -132,6 +133,7 @@ _worker: list[RowEncoder] = []
 
 
 def _start_worker(make_encoder: Callable[[], RowEncoder]) -> None:
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     if not _worker:
         _worker.append(make_encoder())
