@@ -58,7 +58,6 @@ def _row(recipe: EvalRecipe, held_out: HeldOut, one: Measured, base: Measured) -
     lengths = [len(ids) for ids in one.answers.response_ids]
     row["length"] = sum(lengths) / len(lengths)
     row["ended_rate"] = sum(one.answers.ended) / len(lengths)
-    row["generated_tokens_per_s"] = sum(lengths) / one.seconds if one.seconds else 0.0
     if one.gold:
         row |= _gold_row(one, base)
     if one.rm_scores:
@@ -115,7 +114,8 @@ def write(
     write_json(run.folder / EVAL_FILE, plain(results))
     lines = [json.dumps(plain(line), ensure_ascii=False) + "\n" for line in _lines(held_out, measured)]
     (run.folder / REPLIES_FILE).write_text("".join(lines), "utf-8")
-    tokens = sum(len(ids) for one in measured.values() if one.answers for ids in one.answers.response_ids)
+    tokens = {name: sum(map(len, one.answers.response_ids)) for name, one in measured.items() if one.answers}
+    speeds = {name: count / measured[name].seconds for name, count in tokens.items() if measured[name].seconds}
     seconds = sum(one.seconds for one in measured.values())
     artifact = Artifact(
         stage="eval",
@@ -127,9 +127,10 @@ def write(
         data=held_out.data,
         seeds={"seed": recipe.eval.seed},
         metrics=flat_metrics(results),
+        extra={"generated_tokens_per_s": speeds},
         wall_s=wall_s,
-        tokens_seen=tokens,
-        tokens_per_s=tokens / seconds if seconds else 0.0,
+        tokens_seen=sum(tokens.values()),
+        tokens_per_s=sum(tokens.values()) / seconds if seconds else 0.0,
         files={name: sha256_file(run.folder / name) for name in (EVAL_FILE, REPLIES_FILE)},
     )
     artifact.save(run.folder)

@@ -88,7 +88,7 @@ def truncate(logps_BV: Tensor, *, top_p: float, top_k: int) -> Tensor:
     if top_p < 1.0:
         sorted_BV, order_BV = logps_BV.sort(dim=-1, descending=True)
         probs_BV = sorted_BV.softmax(-1)
-        before_BV = probs_BV.cumsum(-1) - probs_BV
+        before_BV = running_sums_(probs_BV.clone()) - probs_BV
         dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
         logps_BV = logps_BV.masked_fill(dropped_BV, -torch.inf)
     return logps_BV
@@ -100,9 +100,25 @@ def inverse_cdf(logps_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     One number a token in place of `multinomial`'s one a vocabulary entry, so rows can have their own streams.
     """
     # float64: in fp32 the rounding of a sum over 150,000 entries outweighs rare tokens.
-    cumulative_BV = logps_BV.to(uniforms_B.dtype).exp_().cumsum_(-1)
+    cumulative_BV = running_sums_(logps_BV.to(uniforms_B.dtype).exp_())
     # Scaled to the sum rather than normalised; strictly below it, or the last, perhaps impossible, token is drawn.
     total_B = cumulative_BV[:, -1]
     points_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
     found_B = torch.searchsorted(cumulative_BV, points_B[:, None], right=True).squeeze(1)
     return found_B.clamp(max=logps_BV.shape[-1] - 1)  # past the end where a row is NaN, which is refused afterwards
+
+
+def running_sums_(probs_BV: Tensor) -> Tensor:
+    """Sums of probabilities up to each entry, in place; on a GPU under ``full_determinism`` the same at each call."""
+    if probs_BV.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return fixed_point_sums(probs_BV)
+    return probs_BV.cumsum_(-1)
+
+
+def fixed_point_sums(probs_BV: Tensor) -> Tensor:
+    """Sums of probabilities up to each entry, of whole multiples of 2⁻⁵²: their order doesn't matter.
+
+    A GPU's cumsum of floats has no fixed order, and PyTorch refuses it where deterministic algorithms are asked for.
+    """
+    whole_BV = (probs_BV.double() * 2.0**52).long()
+    return whole_BV.cumsum_(-1).double().mul_(2.0**-52).to(probs_BV.dtype)

@@ -7,7 +7,7 @@ import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from chatalign.rollout.interface import Sampling
-from chatalign.rollout.sampler import Sampler, inverse_cdf, row_uniforms, truncate
+from chatalign.rollout.sampler import Sampler, fixed_point_sums, inverse_cdf, row_uniforms, truncate
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.3, 0), (1.0, 5), (0.7, 10), (1.0, 0), (0.01, 0)])
@@ -34,6 +34,17 @@ def test_the_ends_of_the_uniform_range_never_draw_an_impossible_token() -> None:
     logps = torch.tensor([[0.0, 0.4, 0.6, 0.0]]).log()
     ends = torch.tensor([0.0, 1 - 2**-53, 1.0], dtype=torch.float64)
     assert inverse_cdf(logps.expand(3, 4), ends).tolist() == [1, 2, 2]
+
+
+def test_fixed_point_sums_are_those_of_floats_and_have_no_order() -> None:
+    torch.manual_seed(0)
+    probs = (torch.randn(4, 5000, dtype=torch.float64) * 3).softmax(-1)
+    sums = fixed_point_sums(probs)
+    torch.testing.assert_close(sums, probs.cumsum(-1), rtol=0, atol=5000 * 2**-52)
+    shuffled = probs[:, torch.randperm(5000)]
+    assert torch.equal(fixed_point_sums(shuffled)[:, -1], sums[:, -1])
+    assert not torch.equal(shuffled.cumsum(-1)[:, -1], probs.cumsum(-1)[:, -1])  # floats' sums have one
+    assert fixed_point_sums(torch.tensor([[0.5, 0.25, 0.0, 0.25]])).tolist() == [[0.5, 0.75, 0.75, 1.0]]
 
 
 def test_row_uniforms_depend_on_seed_and_row_alone() -> None:
