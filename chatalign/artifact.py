@@ -12,6 +12,7 @@ Light: no torch here.
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from chatalign.errors import ArtifactError
 from chatalign.recipe.sections import Section
 
 ARTIFACT_FILE = "artifact.json"
+RUN_FILE = "run.json"
 MODEL_FOLDER = "model"
 Kind = Literal["model", "adapter", "reward_model", "reward_adapter", "evaluation"]
 
@@ -79,7 +81,8 @@ class Artifact(Section):
     files: dict[str, str] = {}  # path inside the run folder → sha256
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``artifact.json`` into `folder`, whole or not at all."""
+        """Write ``artifact.json`` into `folder`, whole or not at all, once all that it names is on the disk."""
+        sync_files(folder, self.files)
         return write_json(Path(folder) / ARTIFACT_FILE, self.model_dump(mode="json"))
 
 
@@ -138,16 +141,41 @@ def fingerprint(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Write JSON aside, fsync, rename: a reader sees the old file or the new one, never half."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Write JSON whole or not at all, as :func:`write_whole` does."""
+    return write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file aside, fsync, rename: a reader, and a start after a power cut, finds the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.new")  # no process's own name: what a killed one left is written over
     with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+    sync(path.parent)
     return path
+
+
+def sync(path: str | Path) -> None:
+    """Bring a file's content, or a folder's names, to disk; a file is there after a power cut only with both."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(folder: str | Path, names: Iterable[str]) -> None:
+    """Bring files, by their paths inside `folder`, to disk, and the names of all folders on the way."""
+    folder = Path(folder)
+    inner = {folder}
+    for name in names:
+        sync(folder / name)
+        inner |= {folder / parent for parent in Path(name).parents}
+    for place in sorted(inner, reverse=True):  # the innermost first
+        sync(place)
 
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chatalign.artifact import sha256_file, verify_files, versions, write_json
+from chatalign.artifact import hash_files, sync, sync_files, verify_files, versions, write_json, write_whole
 from chatalign.errors import CheckpointError, OtherRunError
 
 MANIFEST = "manifest.json"
@@ -46,21 +46,24 @@ def publish(saved: Path, run_id: str, extra: Mapping[str, Any] | None = None) ->
         shutil.rmtree(place)
     os.replace(saved, place)
     saved.parent.rmdir()
-    _sync(place.parent)
-    latest = place.parent / LATEST
-    aside = latest.with_name(f".{LATEST}.{os.getpid()}")
-    aside.write_text(place.name + "\n", "utf-8")
-    os.replace(aside, latest)
+    sync(place.parent)
+    write_whole(place.parent / LATEST, f"{place.name}\n")
     return place
 
 
-def _sync(folder: Path) -> None:
-    """Bring a folder's names to disk: a renamed file is there after a power cut only then."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def tidy(newest: Path, *, keep: int | None, run_id: str) -> None:
+    """Do what a save that was killed had yet to do: take its folder away, name the newest whole checkpoint, prune.
+
+    One process calls it before training goes on from `newest`: where that is the run's last, no save follows.
+    """
+    checkpoints = newest.parent
+    if (checkpoints / SAVING).exists():
+        shutil.rmtree(checkpoints / SAVING)
+    latest = checkpoints / LATEST
+    if not latest.is_file() or latest.read_bytes() != f"{newest.name}\n".encode():
+        write_whole(latest, f"{newest.name}\n")
+    if keep is not None and len(list_checkpoints(checkpoints)) > keep:
+        prune(checkpoints, keep=keep, run_id=run_id)
 
 
 def write_manifest(checkpoint: str | Path, run_id: str, extra: Mapping[str, Any] | None = None) -> Path:
@@ -69,12 +72,9 @@ def write_manifest(checkpoint: str | Path, run_id: str, extra: Mapping[str, Any]
     `extra` is whatever a resume must find again.
     """
     checkpoint = Path(checkpoint)
-    files = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            files[path.relative_to(checkpoint).as_posix()] = sha256_file(path)
+    files = hash_files(checkpoint, ".")
+    files.pop(MANIFEST, None)
+    sync_files(checkpoint, files)
     content = {"run_id": run_id, "files": files, "extra": dict(extra or {}), "versions": versions()}
     return write_json(checkpoint / MANIFEST, content)
 

@@ -45,9 +45,9 @@ _LIBRARY = {"adapter": "peft", "reward_adapter": "peft", "model": "transformers"
 def push(run_folder: str | Path, repo_id: str, private: bool = True) -> str:
     """Upload a finished run's model to `repo_id`, which is made where it doesn't exist; returns its address.
 
-    Where the Hub refuses or can't be reached, HubError says so in one line and the run's ``push.json`` keeps what
-    was to go where, for :func:`push_pending`. Raises ArtifactError where the run is unfinished or its files were
-    altered.
+    Until it has arrived the run's ``push.json`` keeps what is to go where, for :func:`push_pending`. Where the Hub
+    refuses or can't be reached, HubError says so in one line. Raises ArtifactError where the run is unfinished or its
+    files were altered.
     """
     folder = Path(run_folder)
     artifact = load_artifact(folder)
@@ -56,11 +56,12 @@ def push(run_folder: str | Path, repo_id: str, private: bool = True) -> str:
     if problems := verify_files(folder, {k: v for k, v in artifact.files.items() if k.startswith(f"{MODEL_FOLDER}/")}):
         raise ArtifactError(f"{problems[0]}; run its recipe again before pushing")
     contents = contents_to_push(folder, artifact, repo_id)
+    waiting = {"repo": repo_id, "private": private, "run_id": artifact.run_id}
+    write_json(folder / PENDING_FILE, waiting | {"reason": "the upload was cut off"})
     try:
         address = _upload(contents, repo_id, private, message=f"{artifact.stage} run {artifact.run_id} (chatalign)")
     except HubError as error:
-        waiting = {"repo": repo_id, "private": private, "run_id": artifact.run_id, "reason": str(error)}
-        write_json(folder / PENDING_FILE, waiting)
+        write_json(folder / PENDING_FILE, waiting | {"reason": str(error)})
         raise
     (folder / PENDING_FILE).unlink(missing_ok=True)
     return address

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from chatalign.errors import ChatalignError, HubError, Interrupted
@@ -63,7 +64,7 @@ def execute(stage: str, run: RunFunction, path: str, overrides: Sequence[str], *
         quiet_libraries()
         if not force and (done := finished(recipe)) is not None:
             say(f"{recipe.output_dir}: already finished (run {done.run_id}); --force runs it again")
-            _upload(recipe, only_waiting=True)
+            catch_up(recipe)
             return
         refuse_problems(recipe)
     with locked(recipe.output_dir):
@@ -87,15 +88,27 @@ def around(seconds: Mapping[str, float]) -> str:
 
 @phase("report")
 def hand_out(recipe: Recipe) -> None:
-    """Write a finished run's report and, where the recipe asks, upload it; a Hub that is down leaves that for later."""
+    """Upload a finished run where the recipe asks, and write its report; a Hub that is down leaves that for later."""
     from chatalign.runs import is_main_process
 
     if not is_main_process():
         return
     from chatalign.report import write_run_report
 
-    say(f"report: {write_run_report(recipe.output_dir)}")
     _upload(recipe)
+    say(f"report: {write_run_report(recipe.output_dir)}")  # last: a run without it was killed in here
+
+
+def catch_up(recipe: Recipe) -> None:
+    """Hand a finished run out where that was cut off, or where its upload still waits."""
+    from chatalign.report.run_report import REPORT_FILE
+    from chatalign.runs import locked
+
+    if (Path(recipe.output_dir) / REPORT_FILE).is_file():
+        _upload(recipe, only_waiting=True)
+        return
+    with locked(recipe.output_dir):
+        hand_out(recipe)
 
 
 def _upload(recipe: Recipe, *, only_waiting: bool = False) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from chatalign.artifact import ARTIFACT_FILE, Artifact
 from chatalign.errors import ChatalignError, Interrupted
-from chatalign.launch import around, hand_out, quiet_libraries, refuse_problems, say
+from chatalign.launch import around, catch_up, hand_out, quiet_libraries, refuse_problems, say
 from chatalign.phases import account, open_account, phase
 from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
 from chatalign.runs import finished, locked, open_run, recipe_fingerprint, status
@@ -167,6 +167,7 @@ def _run_one(recipe: Recipe, title: str, force: bool, accelerate_config: str | P
     with phase("check"):
         if not force and finished(recipe) is not None:
             say(f"{title}: fresh, skipped")
+            catch_up(recipe)
             return "skipped"
         state = status(recipe.output_dir, recipe_fingerprint(recipe))
     say(f"{title}: {'resuming' if state == 'resumable' else 'running'} ({recipe.stage})")

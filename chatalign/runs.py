@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from chatalign.artifact import (
     load_artifact,
     sha256_file,
     sha256_weights,
+    sync,
+    verify_files,
     write_json,
 )
 from chatalign.errors import ArtifactError, RecipeError
@@ -38,6 +40,8 @@ from chatalign.recipe import DatasetSource, ModelSection, Recipe
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 Status = Literal["finished", "resumable", "stale", "new"]
+# Loading holds these to the artifact itself, and a recipe may name another template or tokenizer in their place.
+_OWN_CHECK = ("chat_template.jinja", "tokenizer.json", "generation_config.json")
 _NOT_IN_FINGERPRINT = {"output_dir", "tracking", "hub", "run_name"}
 _locks: set[IO[str]] = set()  # the files that this process holds locks by
 
@@ -70,96 +74,6 @@ class Run:
     def checkpoints(self) -> Path:
         """Where checkpoints go."""
         return self.folder / CHECKPOINTS
-
-
-def model_inputs(recipe: Recipe) -> dict[str, ModelSection]:
-    """The models that a recipe starts from, by role."""
-    inputs: dict[str, ModelSection] = {}
-    for role in ("model", "reward_model", "value_model"):
-        section = getattr(recipe, role, None)
-        if section is not None and section.name_or_path:
-            inputs[role] = section
-    for name, section in getattr(recipe, "models", {}).items():
-        inputs[name] = section
-    for i, reward in enumerate(getattr(getattr(recipe, "ppo", None), "rewards", [])):
-        if reward.model:
-            inputs[f"reward_{i}"] = ModelSection(name_or_path=reward.model)
-    return inputs
-
-
-def data_sources(recipe: Recipe) -> list[DatasetSource]:
-    """Every source of rows that a recipe names."""
-    sources: list[DatasetSource] = []
-    for section in (getattr(recipe, "data", None), getattr(recipe, "ptx_data", None)):
-        if section is not None:
-            sources += [*section.datasets, *section.eval_datasets]
-    evaluation = getattr(recipe, "eval", None)
-    if evaluation is not None:
-        sources += [source for source in (evaluation.prompts, evaluation.pairs, evaluation.texts) if source]
-    return sources
-
-
-def parents_of(recipe: Recipe) -> list[Parent]:
-    """The chatalign runs among a recipe's model inputs; raises ArtifactError where one is unfinished."""
-    parents = []
-    for role, section in model_inputs(recipe).items():
-        folder = Path(section.name_or_path or "")
-        if (folder / RUN_FILE).is_file() or (folder / ARTIFACT_FILE).is_file():
-            artifact = load_artifact(folder)
-            parents.append(
-                Parent(role=role, path=str(folder), run_id=artifact.run_id, fingerprint=artifact.fingerprint)
-            )
-    return parents
-
-
-def recipe_fingerprint(recipe: Recipe) -> str:
-    """The fingerprint of the run that `recipe` describes, from the files as they are now."""
-    settings = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _NOT_IN_FINGERPRINT}
-    settings.get("train", {}).pop("max_hours", None)  # how long a process runs changes nothing in what it makes
-    parents = {parent.role: parent.fingerprint for parent in parents_of(recipe)}
-    models: dict[str, str | None] = {}
-    for role, section in model_inputs(recipe).items():
-        if role in parents:  # the parent's fingerprint stands for it, wherever its folder is
-            _drop_path(settings, role)
-        elif Path(section.name_or_path or "").is_dir():
-            models[role] = sha256_weights(section.name_or_path or "")
-    sections = [*model_inputs(recipe).values(), getattr(recipe, "model", None)]
-    for path in {path for s in sections if s for path in (s.chat_template_path, s.tokenizer_name_or_path) if path}:
-        models[path] = _content(path)
-    if pretrained := getattr(recipe, "pretrained", None):
-        models["pretrained"] = sha256_weights(pretrained)
-    return fingerprint(
-        {
-            "recipe": settings,
-            "parents": parents,
-            "models": models,
-            "data": [_content(source.path) for source in data_sources(recipe)],
-            "functions": [_content(path) for path in _function_files(recipe)],
-            "chatalign": __version__,
-        }
-    )
-
-
-def _drop_path(settings: dict[str, Any], role: str) -> None:
-    for place in (settings.get(role), (settings.get("models") or {}).get(role)):
-        if isinstance(place, dict):
-            place["name_or_path"] = role
-
-
-def _function_files(recipe: Recipe) -> list[str]:
-    named = [reward.function for reward in getattr(getattr(recipe, "ppo", None), "rewards", [])]
-    named.append(getattr(getattr(recipe, "eval", None), "gold", None))
-    return [name.rpartition(":")[0] for name in named if name]
-
-
-def _content(path: str) -> str:
-    """What stands for a source in a fingerprint: its files' hash, or its Hub name."""
-    place = Path(path)
-    if place.is_file():
-        return sha256_file(place)
-    if place.is_dir():
-        return fingerprint({p.name: sha256_file(p) for p in sorted(place.rglob("*")) if p.is_file()})
-    return path
 
 
 def status(folder: str | Path, run_fingerprint: str) -> Status:
@@ -236,6 +150,8 @@ def _open_run(recipe: Recipe) -> Run:
     folder = Path(recipe.output_dir)
     run_fingerprint = recipe_fingerprint(recipe)
     parents = parents_of(recipe)
+    if is_main_process():
+        _refuse_altered(parents)
     state = status(folder, run_fingerprint)
     if state == "resumable":
         run_id = str(_read_run_file(folder)["run_id"])
@@ -253,7 +169,16 @@ def _open_run(recipe: Recipe) -> Run:
     (made / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
     write_json(made / RUN_FILE, {"run_id": run_id, "stage": recipe.stage, "fingerprint": run_fingerprint})
     os.replace(made, place)
+    sync(place.parent)
     return Run(folder=folder, run_id=run_id, fingerprint=run_fingerprint, parents=parents)
+
+
+def _refuse_altered(parents: Iterable[Parent]) -> None:
+    """Raise ArtifactError where a parent's files are no longer those that it recorded: its fingerprint says nothing."""
+    for folder in dict.fromkeys(parent.path for parent in parents):
+        files = {name: digest for name, digest in load_artifact(folder).files.items() if not name.endswith(_OWN_CHECK)}
+        if problems := verify_files(folder, files):
+            raise ArtifactError(f"{problems[0]}; restore it, or make {folder} again by its recipe with --force")
 
 
 def finished(recipe: Recipe) -> Artifact | None:

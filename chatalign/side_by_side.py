@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from chatalign.errors import ChatalignError, Interrupted
-from chatalign.launch import say
+from chatalign.launch import catch_up, say
 from chatalign.phases import account, open_account, phase
 from chatalign.recipe import Recipe
 from chatalign.runs import finished, open_run, recipe_fingerprint, status
@@ -110,6 +110,7 @@ def _start(
         with phase("check"):
             if not force and finished(recipe) is not None:
                 say(f"{name}: fresh, skipped")
+                catch_up(recipe)
                 progress.statuses[name] = "skipped"
                 return
             state = status(recipe.output_dir, recipe_fingerprint(recipe))

@@ -69,18 +69,24 @@ def _summary_before(pipeline: PipelineRecipe) -> dict[str, Any]:
 
 
 def report_pipeline(folder: Path, summary: dict[str, Any], *, changed: bool) -> None:
-    """Write summary and report where a stage ran; print the tables in any case."""
+    """Write the report and, last, the summary where a stage ran since the last one; print the tables in any case."""
     from rich.console import Console
 
     from chatalign.report import print_pipeline_summary, write_pipeline_report
 
     path = folder / SUMMARY_FILE
-    if not changed and path.is_file():  # the wall time of the run that made it is the one worth keeping
-        summary["wall_s"] = json.loads(path.read_text("utf-8"))["wall_s"]
-    write_json(path, summary)
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else {"stages": []}
+    changed = changed or _runs(before) != _runs(summary)  # by a process that was killed before it got here
+    if not changed:  # the wall time of the run that made it is the one worth keeping
+        summary["wall_s"] = before["wall_s"]
     if changed or not (folder / "report.md").is_file():
         write_pipeline_report(folder, summary)
+    write_json(path, summary)
     print_pipeline_summary(summary, Console())
+
+
+def _runs(summary: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    return [(row["name"], row.get("run_id")) for row in summary["stages"]]
 
 
 def write_report(folder: Path) -> None:

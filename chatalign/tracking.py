@@ -22,6 +22,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from chatalign.artifact import write_whole
 from chatalign.errors import DependencyError
 from chatalign.metrics_file import METRICS_FILE, encode_line, read_metrics
 from chatalign.recipe import EvalRecipe, StageRecipe
@@ -143,10 +144,7 @@ class MetricsFile(TrainerCallback):
             return
         self._close()
         kept = [line for line in read_metrics(self.path) if 0 < state.global_step >= line["step"]]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        aside.write_text("".join(map(encode_line, kept)), "utf-8")
-        os.replace(aside, self.path)
+        write_whole(self.path, "".join(map(encode_line, kept)))
         spent = max((line.get("time_s") or 0.0 for line in kept), default=0.0)
         self._started = time.perf_counter() - spent
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - held open while training runs

@@ -50,6 +50,7 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     monkeypatch.setattr(pipeline_module, "report_pipeline", lambda folder, summary, *, changed: None)
     monkeypatch.setattr(pipeline_module, "hand_out", lambda recipe: None)
+    monkeypatch.setattr(pipeline_module, "catch_up", lambda recipe: None)
     monkeypatch.setattr(pipeline_module, "import_once", lambda name: None)
     monkeypatch.setattr(pipeline_module, "as_if_alone", nullcontext)
     return path

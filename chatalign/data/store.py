@@ -25,7 +25,7 @@ import transformers
 from datasets.fingerprint import get_temporary_cache_files_directory
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-from chatalign.artifact import fingerprint, sha256_file, verify_files, write_json
+from chatalign.artifact import fingerprint, sha256_file, sync_files, verify_files, write_json
 from chatalign.errors import DataError, GuardError
 
 SEAL = "made_from.json"
@@ -105,8 +105,9 @@ def _write_aside(folder: Path, key: TokensKey, write: Callable[[Path], None]) ->
 
 
 def _seal(folder: Path, key: TokensKey) -> None:
-    """Record what the tokens were made from, and the sha256 of each file."""
+    """Record what the tokens were made from, and the sha256 of each file, all on the disk before the folder moves."""
     files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    sync_files(folder, files)
     write_json(folder / SEAL, {"made_from": key.parts, "files": files})
 
 

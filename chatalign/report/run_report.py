@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from chatalign.artifact import Artifact, load_artifact
+from chatalign.artifact import Artifact, load_artifact, write_whole
 from chatalign.errors import DependencyError
 from chatalign.metrics_file import METRICS_FILE, read_metrics
 from chatalign.report.headline import duration, headline
@@ -41,8 +41,7 @@ def write_run_report(folder: str | Path) -> Path:
         section("Versions", ", ".join(f"{name} {version}" for name, version in artifact.versions.items())),
     ]
     path = folder / REPORT_FILE
-    path.write_text("\n\n".join(part for part in parts if part) + "\n", "utf-8")
-    return path
+    return write_whole(path, "\n\n".join(part for part in parts if part) + "\n")
 
 
 def _evaluation(folder: Path) -> list[str]:

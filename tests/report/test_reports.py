@@ -41,7 +41,8 @@ REWARD_MODEL = {"accuracy": 0.84, "style_accuracy": 0.97, "correctness_accuracy"
 
 def make_run(folder: Path, stage: str, lines: list[dict[str, Any]], **changes: Any) -> Artifact:
     """A finished run's folder with its metrics."""
-    folder.mkdir(parents=True)
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "adapter_model.safetensors").write_text("weights")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings: dict[str, Any] = {
         "stage": stage,
