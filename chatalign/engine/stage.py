@@ -186,7 +186,10 @@ def last_means(trainer: Any) -> dict[str, float]:
     found: dict[str, float] = {}
     for logged in trainer.state.log_history:
         found |= {name: value for name, value in logged.items() if isinstance(value, int | float)}
-    dropped = ("step", "epoch", "learning_rate", "tokens", "tokens_per_s", "total_flos", "eval_runtime")
+    dropped = ("step", "epoch", "learning_rate", "tokens", "total_flos", "eval_runtime")
+    speeds = ("tokens_per_s", "_per_second")
     return {
-        name: float(value) for name, value in found.items() if name not in dropped and not name.startswith("train_")
+        name: float(value)
+        for name, value in found.items()
+        if name not in dropped and not name.startswith("train_") and not name.endswith(speeds)
     }
