@@ -19,6 +19,7 @@ import yaml
 from chatalign.artifact import ARTIFACT_FILE, Artifact
 from chatalign.errors import ChatalignError, Interrupted
 from chatalign.launch import around, catch_up, hand_out, quiet_libraries, refuse_problems, say
+from chatalign.inputs import recipe_fingerprint
 from chatalign.phases import account, open_account, phase
 from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
 from chatalign.runs import finished, locked, open_run, recipe_fingerprint, status

@@ -20,29 +20,25 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from chatalign import __version__
 from chatalign.artifact import (
     ARTIFACT_FILE,
     MODEL_FOLDER,
+    RUN_FILE,
     Artifact,
     Parent,
-    fingerprint,
     load_artifact,
-    sha256_file,
-    sha256_weights,
     sync,
     verify_files,
     write_json,
 )
 from chatalign.errors import ArtifactError, RecipeError
-from chatalign.recipe import DatasetSource, ModelSection, Recipe
+from chatalign.inputs import parents_of, recipe_fingerprint
+from chatalign.recipe import Recipe
 
-RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 Status = Literal["finished", "resumable", "stale", "new"]
 # Loading holds these to the artifact itself, and a recipe may name another template or tokenizer in their place.
 _OWN_CHECK = ("chat_template.jinja", "tokenizer.json", "generation_config.json")
-_NOT_IN_FINGERPRINT = {"output_dir", "tracking", "hub", "run_name"}
 _locks: set[IO[str]] = set()  # the files that this process holds locks by
 
 
@@ -74,96 +70,6 @@ class Run:
     def checkpoints(self) -> Path:
         """Where checkpoints go."""
         return self.folder / CHECKPOINTS
-
-
-def model_inputs(recipe: Recipe) -> dict[str, ModelSection]:
-    """The models that a recipe starts from, by role."""
-    inputs: dict[str, ModelSection] = {}
-    for role in ("model", "reward_model", "value_model"):
-        section = getattr(recipe, role, None)
-        if section is not None and section.name_or_path:
-            inputs[role] = section
-    for name, section in getattr(recipe, "models", {}).items():
-        inputs[name] = section
-    for i, reward in enumerate(getattr(getattr(recipe, "ppo", None), "rewards", [])):
-        if reward.model:
-            inputs[f"reward_{i}"] = ModelSection(name_or_path=reward.model)
-    return inputs
-
-
-def data_sources(recipe: Recipe) -> list[DatasetSource]:
-    """Every source of rows that a recipe names."""
-    sources: list[DatasetSource] = []
-    for section in (getattr(recipe, "data", None), getattr(recipe, "ptx_data", None)):
-        if section is not None:
-            sources += [*section.datasets, *section.eval_datasets]
-    evaluation = getattr(recipe, "eval", None)
-    if evaluation is not None:
-        sources += [source for source in (evaluation.prompts, evaluation.pairs, evaluation.texts) if source]
-    return sources
-
-
-def parents_of(recipe: Recipe) -> list[Parent]:
-    """The chatalign runs among a recipe's model inputs; raises ArtifactError where one is unfinished."""
-    parents = []
-    for role, section in model_inputs(recipe).items():
-        folder = Path(section.name_or_path or "")
-        if (folder / RUN_FILE).is_file() or (folder / ARTIFACT_FILE).is_file():
-            artifact = load_artifact(folder)
-            parents.append(
-                Parent(role=role, path=str(folder), run_id=artifact.run_id, fingerprint=artifact.fingerprint)
-            )
-    return parents
-
-
-def recipe_fingerprint(recipe: Recipe) -> str:
-    """The fingerprint of the run that `recipe` describes, from the files as they are now."""
-    settings = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _NOT_IN_FINGERPRINT}
-    settings.get("train", {}).pop("max_hours", None)  # how long a process runs changes nothing in what it makes
-    parents = {parent.role: parent.fingerprint for parent in parents_of(recipe)}
-    models: dict[str, str | None] = {}
-    for role, section in model_inputs(recipe).items():
-        if role in parents:  # the parent's fingerprint stands for it, wherever its folder is
-            _drop_path(settings, role)
-        elif Path(section.name_or_path or "").is_dir():
-            models[role] = sha256_weights(section.name_or_path or "")
-    sections = [*model_inputs(recipe).values(), getattr(recipe, "model", None)]
-    for path in {path for s in sections if s for path in (s.chat_template_path, s.tokenizer_name_or_path) if path}:
-        models[path] = _content(path)
-    if pretrained := getattr(recipe, "pretrained", None):
-        models["pretrained"] = sha256_weights(pretrained)
-    return fingerprint(
-        {
-            "recipe": settings,
-            "parents": parents,
-            "models": models,
-            "data": [_content(source.path) for source in data_sources(recipe)],
-            "functions": [_content(path) for path in _function_files(recipe)],
-            "chatalign": __version__,
-        }
-    )
-
-
-def _drop_path(settings: dict[str, Any], role: str) -> None:
-    for place in (settings.get(role), (settings.get("models") or {}).get(role)):
-        if isinstance(place, dict):
-            place["name_or_path"] = role
-
-
-def _function_files(recipe: Recipe) -> list[str]:
-    named = [reward.function for reward in getattr(getattr(recipe, "ppo", None), "rewards", [])]
-    named.append(getattr(getattr(recipe, "eval", None), "gold", None))
-    return [name.rpartition(":")[0] for name in named if name]
-
-
-def _content(path: str) -> str:
-    """What stands for a source in a fingerprint: its files' hash, or its Hub name."""
-    place = Path(path)
-    if place.is_file():
-        return sha256_file(place)
-    if place.is_dir():
-        return fingerprint({p.name: sha256_file(p) for p in sorted(place.rglob("*")) if p.is_file()})
-    return path
 
 
 def status(folder: str | Path, run_fingerprint: str) -> Status:

@@ -15,10 +15,11 @@ from pathlib import Path
 import yaml
 
 from chatalign.errors import ChatalignError, Interrupted
+from chatalign.inputs import recipe_fingerprint
 from chatalign.launch import catch_up, say
 from chatalign.phases import account, open_account, phase
 from chatalign.recipe import Recipe
-from chatalign.runs import finished, open_run, recipe_fingerprint, status
+from chatalign.runs import finished, open_run, status
 
 LOG_FILE = "log.txt"
 _LOOK_EVERY_S = 0.1

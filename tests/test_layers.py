@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "chatalign"
 LAYERS = [
     {"errors", "maths", "__init__"},
-    {"recipe", "artifact", "runs", "metrics_file", "phases", "forked"},
+    {"recipe", "artifact", "inputs", "runs", "metrics_file", "phases", "forked"},
     {"data", "models", "engine", "rollout", "checkpoint", "tracking"},
     {
         "sft",

@@ -10,8 +10,9 @@ import pytest
 
 from chatalign.artifact import Artifact, fingerprint, hash_files, load_artifact, verify_files, write_json
 from chatalign.errors import ArtifactError, RecipeError
+from chatalign.inputs import recipe_fingerprint
 from chatalign.recipe import SftRecipe
-from chatalign.runs import finished, locked, open_run, recipe_fingerprint, status
+from chatalign.runs import finished, locked, open_run, status
 
 
 @pytest.fixture

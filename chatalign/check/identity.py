@@ -7,9 +7,9 @@ from pathlib import Path
 
 from chatalign.check.findings import Finding
 from chatalign.errors import ChatalignError, ModelError
+from chatalign.inputs import model_inputs
 from chatalign.models.resolve import Resolved, base_sha256, local_folder, resolve
 from chatalign.recipe import ModelSection, Recipe
-from chatalign.runs import model_inputs
 
 WITH_REFERENCE = ("dpo", "ppo", "kto")
 HASHED_BYTES = 2**30  # of weights; more take too long for a check, and the run hashes them before it loads them

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from chatalign.artifact import ARTIFACT_FILE
+from chatalign.artifact import ARTIFACT_FILE, RUN_FILE
 from chatalign.check.findings import Finding
 from chatalign.errors import ArtifactError, DependencyError, ModelError, RecipeError
+from chatalign.inputs import model_inputs
 from chatalign.recipe import ModelSection, Recipe
-from chatalign.runs import RUN_FILE, model_inputs
 
 
 def package_findings(recipe: Recipe) -> Iterator[Finding]:

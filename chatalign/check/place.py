@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from chatalign import checkpoint
-from chatalign.artifact import ARTIFACT_FILE
+from chatalign.artifact import ARTIFACT_FILE, RUN_FILE
 from chatalign.check.findings import Finding
 from chatalign.check.identity import HASHED_BYTES, weights_bytes
 from chatalign.check.sizes import Sizes, estimate
 from chatalign.errors import ArtifactError, CheckpointError, OtherRunError, RecipeError
+from chatalign.inputs import model_inputs, recipe_fingerprint
 from chatalign.recipe import Recipe
-from chatalign.runs import CHECKPOINTS, RUN_FILE, model_inputs, recipe_fingerprint, status
+from chatalign.runs import CHECKPOINTS, status
 
 
 def output_finding(recipe: Recipe) -> Finding:
