@@ -60,3 +60,7 @@ class RolloutError(ChatalignError, ConnectionError):
 
 class Interrupted(ChatalignError, RuntimeError):
     """Stopped by a signal after a checkpoint was saved; the message says how to go on."""
+
+
+class StageStopped(Interrupted):
+    """One stage alone was stopped, by its time budget or a signal to it; a chain goes on with what doesn't need it."""

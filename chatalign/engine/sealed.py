@@ -1,31 +1,28 @@
 """Checkpoints that can be trusted and runs that can be stopped, for our trainers and TRL's alike.
 
 A mixin above ``transformers.Trainer``: it writes each checkpoint aside and seals it with a manifest, keeps trainable
-weights alone in it, turns SIGINT, SIGTERM, SIGUSR1 and a spent time budget into a checkpoint and a message, and stops
-on a loss that is not finite.
+weights alone in it, turns signals and a spent time budget into a checkpoint and a message, and stops on a loss that
+is not finite.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from chatalign import checkpoint
 from chatalign.engine.disk import checkpoint_bytes, room_for
 from chatalign.engine.guard import StepGuard
 from chatalign.engine.metrics import Stopwatch
-from chatalign.engine.signals import StopRequest
+from chatalign.engine.stopping import EvaluationCut, StopWhenAsked
 from chatalign.engine.weights import load_trainable, save_trainable
-from chatalign.errors import Interrupted, NonFiniteError
+from chatalign.errors import NonFiniteError
 from chatalign.recipe import StageRecipe
 from chatalign.runs import Run
 
@@ -62,23 +59,29 @@ class SealedTrainer(Trainer):
     ) -> TrainOutput:
         """Train to the end, or raise Interrupted after a signal or ``max_hours``, with a checkpoint saved."""
         self._tokens_before = 0  # seen by the run before this process started
-        self.stopwatch, self.stop, self.began = Stopwatch(), StopRequest(), time.perf_counter()
+        self.stopwatch, self.stop = Stopwatch(), StopWhenAsked(self)
         if resume_from_checkpoint is not None:
             extra = checkpoint.read_manifest(resume_from_checkpoint)["extra"]
             self._tokens_before = int(extra["tokens"])
+            self.args.eval_on_start |= bool(extra.get("evaluation_owed"))
             self.load_stage_state(extra["stage"])
-        self.add_callback(_StopWhenAsked(self))
+        self.add_callback(self.stop)
         self.add_callback(StepGuard(self))
         self.stopwatch.start()
-        with self.stop:
+        with self.stop.request:
             output = super().train(resume_from_checkpoint)
+            self._stop_late()
         self.stopwatch.stop()
-        if self.stopping and self.state.global_step < self.state.max_steps:
-            raise Interrupted(
-                f"{self.stop.received}: saved at step {self.state.global_step} of {self.state.max_steps} in "
-                f"{self.run.checkpoints}; the same command goes on from there"
-            )
+        if self.stopping:
+            raise self.stop.error
         return output
+
+    def _stop_late(self) -> None:
+        """Stop after a signal that came once the last step was done: while it was evaluated or saved."""
+        if not self.stopping and self.stop.asked():
+            self.stopping = True
+            if not (self.run.checkpoints / f"checkpoint-{self.state.global_step}").is_dir():
+                self._save_checkpoint(self.model, None)
 
     def reduce(self, values: Tensor) -> Tensor:
         """Sum over processes."""
@@ -108,6 +111,12 @@ class SealedTrainer(Trainer):
             return
         super()._run_epoch(**kwargs)
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        try:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationCut:
+            return {}
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.stopwatch.paused():
             tokens = self.count_tokens()
@@ -127,6 +136,7 @@ class SealedTrainer(Trainer):
     def _publish(self, tokens: int) -> None:
         saved = self.run.checkpoints / checkpoint.SAVING / f"checkpoint-{self.state.global_step}"
         extra = {"tokens": tokens, "stage": self.stage_state(), "world_size": self.args.world_size}
+        extra["evaluation_owed"] = self.stop.evaluation_owed
         checkpoint.publish(saved, self.run.run_id, extra | {"fingerprint": self.run.fingerprint})
         if (keep := self.recipe.train.save_total_limit) is not None:
             checkpoint.prune(self.run.checkpoints, keep=keep, run_id=self.run.run_id)
@@ -146,29 +156,3 @@ class SealedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_trainable(self.model, Path(resume_from_checkpoint))
-
-
-class _StopWhenAsked(TrainerCallback):
-    """After a signal, or with the time spent: save at the end of this step and stop.
-
-    Several processes agree on it at log steps.
-    """
-
-    def __init__(self, trainer: SealedTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Runs after transformers' own flow callback, which decides whether this step is logged."""
-        trainer = self.trainer
-        budget = trainer.recipe.train.max_hours
-        if budget is not None and time.perf_counter() - trainer.began > 3600 * budget:
-            trainer.stop.received = trainer.stop.received or f"`train.max_hours: {budget:g}` are over"
-        asked = trainer.stop.received is not None
-        if args.world_size > 1:
-            if not control.should_log:
-                return
-            votes = trainer.reduce(torch.tensor(float(asked), device=args.device))
-            if asked := bool(votes.item()):
-                trainer.stop.received = trainer.stop.received or "another process's signal"
-        if asked:
-            trainer.stopping = control.should_save = control.should_training_stop = True

@@ -231,8 +231,6 @@ class StageTrainer(SealedTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss and metrics over the evaluation rows, each row counted once over all processes."""
-        if self.stopping:  # after a signal: save and go
-            return {}
         with self.stopwatch.paused():
             started = time.perf_counter()
             means = self._evaluation_means(eval_dataset)
@@ -257,6 +255,7 @@ class StageTrainer(SealedTrainer):
                 tokens += 0 if filler else count_tokens(host_batch)
                 loss, metrics = self.objective(model, self._prepare_inputs(host_batch), count)
                 sums.add({**metrics, "loss": loss.expand(count)}, filler=filler)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(training)
         counted = int(self.reduce(torch.tensor(tokens, device=self.args.device)))
         refuse_uneven_evaluation(counted=counted, expected=sum(row_lengths(bins.rows)), processes=self.args.world_size)

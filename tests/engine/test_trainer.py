@@ -100,7 +100,7 @@ class _Signalled(_DropsOut):
 
     def objective(self, model: Any, batch: Any, num_items: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if self.state.global_step == 4 and self.cause == "max_hours":
-            self.began -= 3601.0
+            self.stop.began -= 3601.0
         elif self.state.global_step == 4:
             os.kill(os.getpid(), signal.Signals[self.cause])
         return super().objective(model, batch, num_items)
