@@ -87,16 +87,23 @@ def around(seconds: Mapping[str, float]) -> str:
 
 
 @phase("report")
-def hand_out(recipe: Recipe) -> None:
-    """Upload a finished run where the recipe asks, and write its report; a Hub that is down leaves that for later."""
+def hand_out(recipe: Recipe, report: Callable[[str], None] | None = None) -> None:
+    """Upload a finished run where the recipe asks, and write its report; a Hub that is down leaves that for later.
+
+    `report` is who writes it, where not this process, given the run's folder.
+    """
     from chatalign.runs import is_main_process
 
-    if not is_main_process():
-        return
+    if is_main_process():
+        _upload(recipe)
+        (report or write_report)(recipe.output_dir)  # last: a run without it was killed in here
+
+
+def write_report(folder: str) -> None:
+    """Write a finished run's report, and say where."""
     from chatalign.report import write_run_report
 
-    _upload(recipe)
-    say(f"report: {write_run_report(recipe.output_dir)}")  # last: a run without it was killed in here
+    say(f"report: {write_run_report(folder)}")
 
 
 def catch_up(recipe: Recipe) -> None:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from chatalign.artifact import ARTIFACT_FILE, Artifact
+from chatalign.beside import Beside
 from chatalign.errors import ChatalignError, Interrupted
-from chatalign.launch import around, catch_up, hand_out, quiet_libraries, refuse_problems, say
 from chatalign.inputs import recipe_fingerprint
+from chatalign.launch import around, catch_up, hand_out, quiet_libraries, refuse_problems, say
 from chatalign.phases import account, open_account, phase
 from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
-from chatalign.runs import finished, locked, open_run, recipe_fingerprint, status
+from chatalign.runs import finished, locked, open_run, status
 from chatalign.side_by_side import Progress, side_by_side
 from chatalign.summary import report_pipeline, summarise
 from chatalign.warm import as_if_alone, import_once
@@ -102,7 +103,9 @@ def run_pipeline(
         if jobs > 1 and accelerate_config is None:
             side_by_side(progress, STAGE_MODULES, jobs=jobs, force=force)
         else:
-            _one_by_one(progress, force, accelerate_config)
+            with Beside(stages) as beside:
+                _one_by_one(progress, force, accelerate_config, beside)
+                beside.wait()
         statuses, wall_s = progress.statuses, time.perf_counter() - started
         summary = summarise(pipeline, stages, statuses, progress.seconds, wall_s=wall_s)
         report_pipeline(folder, summary, changed=any(state != "skipped" for state in statuses.values()))
@@ -130,7 +133,7 @@ def _gpus() -> int:
     return max(1, len(listed.stdout.splitlines()))
 
 
-def _one_by_one(progress: Progress, force: bool, accelerate_config: str | Path | None) -> None:
+def _one_by_one(progress: Progress, force: bool, accelerate_config: str | Path | None, beside: Beside) -> None:
     """Bring every stage up to date in turn; those that need a failed one are left out."""
     for number, (name, recipe) in enumerate(progress.stages.items(), start=1):
         title = f"[{number}/{len(progress.stages)}] {name}"
@@ -139,7 +142,7 @@ def _one_by_one(progress: Progress, force: bool, accelerate_config: str | Path |
             say(f"{title}: left out, since it needs {missing}")
             continue
         try:
-            status = _run_one(recipe, title, force, accelerate_config)
+            status = _run_one(recipe, title, force, accelerate_config, beside)
         except Interrupted:
             raise
         except ChatalignError as error:
@@ -163,7 +166,7 @@ def _refuse_what_cannot_run(stages: Mapping[str, Recipe]) -> None:
             refuse_problems(recipe, made_later=made_later, looked_at=looked_at)
 
 
-def _run_one(recipe: Recipe, title: str, force: bool, accelerate_config: str | Path | None) -> str:
+def _run_one(recipe: Recipe, title: str, force: bool, accelerate_config: str | Path | None, beside: Beside) -> str:
     """Bring one stage up to date; returns what had to be done: skipped, resumed or ran."""
     with phase("check"):
         if not force and finished(recipe) is not None:
@@ -176,17 +179,20 @@ def _run_one(recipe: Recipe, title: str, force: bool, accelerate_config: str | P
         with phase("train"):  # in processes of its own, which keep no account here
             _launch(recipe, accelerate_config)
     else:
-        _run_here(recipe)
+        _run_here(recipe, beside)
     return "resumed" if state == "resumable" else "ran"
 
 
-def _run_here(recipe: Recipe) -> None:
+def _run_here(recipe: Recipe, beside: Beside) -> None:
     """Run a stage in this process, which is afterwards as it was before."""
+    untouched = "torch" not in sys.modules
     with phase("import"):
         import_once(STAGE_MODULES[recipe.stage])
+    if untouched:
+        beside.begin(recipe)
     with locked(recipe.output_dir), as_if_alone():
         run_stage(recipe)
-        hand_out(recipe)
+        hand_out(recipe, beside.report)
 
 
 def _launch(recipe: Recipe, accelerate_config: str | Path) -> None:

@@ -34,6 +34,7 @@ LAYERS = [
         "check",
         "preflight",
         "pipeline",
+        "beside",
         "side_by_side",
         "summary",
         "sweep",
@@ -57,7 +58,7 @@ LIGHT = (
     "commands",
     "data.checks",
 )
-LIGHT += ("warm", "phases", "forked", "side_by_side", "summary", "sweep", "verify")
+LIGHT += ("warm", "phases", "forked", "beside", "side_by_side", "summary", "sweep", "verify")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 

@@ -14,6 +14,7 @@ import yaml
 
 import chatalign.pipeline as pipeline_module
 from chatalign.artifact import Artifact, hash_files, load_artifact, write_json
+from chatalign.beside import Beside
 from chatalign.data import checks
 from chatalign.errors import ChatalignError, DataError, Interrupted, RecipeError
 from chatalign.phases import phase
@@ -49,7 +50,8 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "chain.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     monkeypatch.setattr(pipeline_module, "report_pipeline", lambda folder, summary, *, changed: None)
-    monkeypatch.setattr(pipeline_module, "hand_out", lambda recipe: None)
+    monkeypatch.setattr(pipeline_module, "hand_out", lambda recipe, report: None)
+    monkeypatch.setattr(Beside, "begin", lambda self, first: None)
     monkeypatch.setattr(pipeline_module, "catch_up", lambda recipe: None)
     monkeypatch.setattr(pipeline_module, "import_once", lambda name: None)
     monkeypatch.setattr(pipeline_module, "as_if_alone", nullcontext)
