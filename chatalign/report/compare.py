@@ -35,6 +35,7 @@ def write_comparison(one: str | Path, other: str | Path, folder: str | Path) -> 
         parts += [
             f"## {stage}",
             _subsection("Recipe", _recipe_table(a, b, names)),
+            _subsection("Files", _files(a, b)),
             _subsection("Metrics", _metrics_table(a, b, names)),
             _subsection("Curves", _curves(stage, places, names, folder)),
             _subsection("Replies", _replies(places, names)),
@@ -99,6 +100,15 @@ def _recipe_table(a: Artifact, b: Artifact, names: tuple[str, str]) -> str:
 def _differing_data(a: Artifact, b: Artifact) -> list[tuple[str, str, str]]:
     before, after = ({used.path: used.sha256 for used in run.data} for run in (a, b))
     return [(path, before[path], after[path]) for path in before if after.get(path, before[path]) != before[path]]
+
+
+def _files(a: Artifact, b: Artifact) -> str:
+    """Whether two runs made the same bytes, by what their artifacts recorded."""
+    names = sorted(a.files.keys() | b.files.keys())
+    differ = [name for name in names if a.files.get(name) != b.files.get(name)]
+    if not names:
+        return ""
+    return f"{len(differ)} of {len(names)} differ: {', '.join(differ)}" if differ else "The same bytes."
 
 
 def _metrics_table(a: Artifact, b: Artifact, names: tuple[str, str]) -> str:

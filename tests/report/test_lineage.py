@@ -160,6 +160,15 @@ def test_two_pipelines_beside_each_other(chain: Path, tmp_path: Path) -> None:
         write_comparison(chain / "reward", other / "dpo", tmp_path / "none")
 
 
+def test_two_runs_of_the_same_bytes_are_said_to_be_that(chain: Path, tmp_path: Path) -> None:
+    stage(tmp_path / "again", "sft")
+    same = write_comparison(chain / "sft", tmp_path / "again/sft", tmp_path / "same").read_text("utf-8")
+    assert "### Files\n\nThe same bytes." in same
+    stage(tmp_path / "other", "sft", loss=0.5)
+    report = write_comparison(chain / "sft", tmp_path / "other/sft", tmp_path / "differ").read_text("utf-8")
+    assert "### Files\n\n1 of 1 differ: model/model.safetensors\n" in report
+
+
 def test_replies_stand_side_by_side(tmp_path: Path) -> None:
     for name, reply in (("a", "It is 4."), ("b", "4 | <b>")):
         stage(tmp_path / name, "eval")
