@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,16 @@ def test_rows_before_the_first_with_the_mapped_columns_are_counted(tmp_path: Pat
         assert sum(used.dropped.values()) == 898
 
 
+@pytest.fixture
+def nothing_frozen() -> Iterator[None]:
+    """As in a process of a user's own: tests/conftest.py keeps what pytest imported from the garbage collector."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
 def test_workers_parse_and_encode_and_this_process_the_first_chunk_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
