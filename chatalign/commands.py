@@ -100,16 +100,19 @@ def run(
     """A chain of stages; what is fresh is skipped, what was killed goes on."""
 
     def work() -> None:
+        from chatalign.engine.signals import breaking_off
         from chatalign.pipeline import run_pipeline
         from chatalign.recipe import parse_overrides
 
         changes = parse_overrides(overrides or [])
-        if sweep:
-            from chatalign.sweep import parse_sweeps, run_sweep
+        with breaking_off():
+            if sweep:
+                from chatalign.sweep import parse_sweeps, run_sweep
 
-            run_sweep(recipe, changes, parse_sweeps(sweep), force=force, accelerate_config=accelerate_config, jobs=jobs)
-        else:
-            run_pipeline(recipe, changes, force=force, accelerate_config=accelerate_config, jobs=jobs)
+                swept = parse_sweeps(sweep)
+                run_sweep(recipe, changes, swept, force=force, accelerate_config=accelerate_config, jobs=jobs)
+            else:
+                run_pipeline(recipe, changes, force=force, accelerate_config=accelerate_config, jobs=jobs)
 
     _end(work, traceback)
 

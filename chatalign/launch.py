@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from chatalign.engine.signals import breaking_off
 from chatalign.errors import ChatalignError, HubError, Interrupted
 from chatalign.phases import LOOPS, account, open_account, overhead, phase
 from chatalign.recipe import load_recipe, parse_overrides
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
+STATUS_FILE = "CHATALIGN_STATUS_FILE"  # in the environment: a file for the status of a run that was stopped
 
 RunFunction = Callable[[Any], "Artifact"]
 
@@ -49,7 +51,11 @@ def stage_main(stage: str, run: RunFunction, argv: Sequence[str] | None = None) 
     if not words or words[0].startswith("-"):
         print(usage, file=sys.stderr if words and words[0] not in ("-h", "--help") else sys.stdout)
         raise SystemExit(0 if words and words[0] in ("-h", "--help") else EXIT_REFUSED)
-    work = lambda: execute(stage, run, words[0], words[1:], force="--force" in flags)  # noqa: E731
+
+    def work() -> None:
+        with breaking_off():
+            execute(stage, run, words[0], words[1:], force="--force" in flags)
+
     raise SystemExit(guarded(work, show_traceback="--traceback" in flags))
 
 
@@ -165,7 +171,7 @@ def guarded(work: Callable[[], None], *, show_traceback: bool = False) -> int:
 
             traceback.print_exc()
         print(f"chatalign: {error}", file=sys.stderr)
-        return EXIT_INTERRUPTED if isinstance(error, Interrupted) else EXIT_REFUSED
+        return _interrupted() if isinstance(error, Interrupted) else EXIT_REFUSED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -173,10 +179,20 @@ def guarded(work: Callable[[], None], *, show_traceback: bool = False) -> int:
         again = "make some, and run the same command, which goes on where it was"
         print(f"chatalign: {where}: no room is left ({why}); {again}", file=sys.stderr)
         return EXIT_REFUSED
-    except KeyboardInterrupt:
-        print("chatalign: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        again = "the same command goes on from the last checkpoint"
+        print(f"chatalign: {error or 'SIGINT'}: interrupted; {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _interrupted() -> int:
+    """The status after a save. A launcher makes 1 of it, so that it is also written where the environment asks."""
+    from chatalign.runs import is_main_process
+
+    if (place := os.environ.get(STATUS_FILE)) and is_main_process():
+        Path(place).write_text(f"{EXIT_INTERRUPTED}\n", "utf-8")
+    return EXIT_INTERRUPTED
 
 
 def say(line: str) -> None:

@@ -6,21 +6,24 @@ Light until a stage has to run: a finished pipeline is answered from its artifac
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import yaml
 
 from chatalign.artifact import ARTIFACT_FILE, Artifact
 from chatalign.beside import Beside
-from chatalign.errors import ChatalignError, Interrupted
+from chatalign.engine.signals import passed_on
+from chatalign.errors import ChatalignError, Interrupted, StageStopped
 from chatalign.inputs import recipe_fingerprint
-from chatalign.launch import around, catch_up, hand_out, quiet_libraries, refuse_problems, say
+from chatalign.launch import STATUS_FILE, around, catch_up, hand_out, quiet_libraries, refuse_problems, say
 from chatalign.phases import account, open_account, phase
 from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
 from chatalign.runs import finished, locked, open_run, status
@@ -143,11 +146,11 @@ def _one_by_one(progress: Progress, force: bool, accelerate_config: str | Path |
             continue
         try:
             status = _run_one(recipe, title, force, accelerate_config, beside)
-        except Interrupted:
-            raise
         except ChatalignError as error:
+            if type(error) is Interrupted:  # this process got a signal: no other stage begins
+                raise
             progress.failed(name, error)
-            say(f"{title}: failed: {error}")
+            say(f"{title}: {progress.statuses[name]}: {error}")
             open_account()
             continue
         progress.statuses[name] = status
@@ -210,29 +213,36 @@ def _launch(recipe: Recipe, accelerate_config: str | Path) -> None:
         "-m",
         module,
     ]
-    code, stopped = _wait([*command, str(path)])
-    if stopped:
+    with TemporaryDirectory() as folder:
+        code, asked = _wait([*command, str(path)], Path(folder) / "status")
+        saved = any(Path(folder).iterdir())
+    if asked:
         raise Interrupted(f"{recipe.output_dir}: stopped; the same command goes on from its last checkpoint")
+    if saved:
+        raise StageStopped(f"{recipe.output_dir}: stopped and saved, see above; the same command goes on from there")
     if code != 0:
         raise ChatalignError(f"{recipe.output_dir}: `{' '.join(command)} {path}` ended with status {code}; see above")
 
 
-def _wait(command: list[str]) -> tuple[int, bool]:
+def _wait(command: list[str], status_file: Path) -> tuple[int, bool]:
     """Run a launcher to its end, however long it takes to save after a signal; (status, whether it was asked to stop).
 
-    A terminal's Ctrl-C reaches the launcher by itself; SIGTERM is passed on.
+    In a session of its own: what a terminal sends reaches the stage's processes through this one, once.
     """
-    received: list[int] = []
-    process = subprocess.Popen(command)
+    environment, started = os.environ | {STATUS_FILE: str(status_file)}, list[psutil.Popen]()
+    with passed_on(lambda number: _signal_processes(started, number)) as received:
+        started.append(psutil.Popen(command, env=environment, start_new_session=True))
+        if received:  # while it was started
+            started[0].terminate()
+        return started[0].wait(), bool(received)
 
-    def note(number: int, _frame: object) -> None:
-        received.append(number)
-        if number == signal.SIGTERM:
-            process.terminate()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return process.wait(), bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _signal_processes(launchers: Sequence[psutil.Popen], number: int) -> None:
+    """Send a signal to the processes that a launcher started, past it: a launcher kills them 30 s after its own."""
+    for launcher in launchers:
+        with suppress(psutil.NoSuchProcess):
+            processes = launcher.children()
+            for process in processes:
+                process.send_signal(number)
+            if not processes:
+                launcher.terminate()

@@ -7,17 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from chatalign.errors import ChatalignError, Interrupted
+from chatalign.engine.signals import STOP_SIGNALS, passed_on
+from chatalign.errors import ChatalignError, Interrupted, StageStopped
 from chatalign.inputs import recipe_fingerprint
-from chatalign.launch import catch_up, say
-from chatalign.phases import account, open_account, phase
+from chatalign.launch import EXIT_INTERRUPTED, catch_up, say
+from chatalign.phases import phase
 from chatalign.recipe import Recipe
 from chatalign.runs import finished, open_run, status
 
@@ -31,16 +31,17 @@ class Progress:
 
     stages: Mapping[str, Recipe]
     needs: Mapping[str, set[str]]
-    statuses: dict[str, str] = field(default_factory=dict)  # skipped, resumed, ran, failed or blocked
+    statuses: dict[str, str] = field(default_factory=dict)  # skipped, resumed, ran, failed, interrupted or blocked
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: dict[str, ChatalignError] = field(default_factory=dict)  # of blocked stages too
 
     def failed(self, name: str, error: ChatalignError) -> None:
-        """Note that a stage can't be had."""
-        self.statuses[name], self.failures[name] = "failed", error
+        """Note that a stage can't be had: it failed, or was stopped by itself."""
+        self.statuses[name] = "interrupted" if isinstance(error, Interrupted) else "failed"
+        self.failures[name] = error
 
     def blocked(self, name: str) -> bool:
-        """Whether a stage needs one that failed; it is then noted as such."""
+        """Whether a stage needs one that can't be had; it is then noted as such."""
         causes = [self.failures[need] for need in self.needs[name] if need in self.failures]
         if causes:
             self.statuses[name], self.failures[name] = "blocked", causes[0]
@@ -56,15 +57,19 @@ class Progress:
         return {name for name, state in self.statuses.items() if state in ("skipped", "resumed", "ran")}
 
     def raise_failure(self) -> None:
-        """Raise the first failure, with how many stages it cost; nothing where there is none."""
-        failed = [name for name, state in self.statuses.items() if state == "failed"]
-        if not failed:
+        """Raise the first failure, else the first stop, with what it cost; nothing where there is neither."""
+        states = ("failed", "interrupted", "blocked")
+        failed, stopped, blocked = ([name for name, state in self.statuses.items() if state == s] for s in states)
+        if not failed and not stopped:
             return
-        blocked = [name for name, state in self.statuses.items() if state == "blocked"]
-        others = f" (failed too: {', '.join(failed[1:])})" if failed[1:] else ""
+        first, *others = failed + stopped
+        too = f" ({', '.join(f'{name} {self.statuses[name]}' for name in others)} too)" if others else ""
         left_out = f"; left out: {', '.join(blocked)}" if blocked else ""
-        error = self.failures[failed[0]]
-        raise type(error)(f"stage {failed[0]}: {error}{others}{left_out}") from error
+        error = self.failures[first]
+        message = f"stage {first}: {error}{too}{left_out}"
+        renamed = type(error).__new__(type(error), message)  # whatever its constructor takes
+        renamed.__dict__.update(vars(error))
+        raise renamed from error
 
 
 @dataclass
@@ -78,10 +83,10 @@ class _Running:
 def side_by_side(progress: Progress, modules: Mapping[str, str], *, jobs: int, force: bool) -> None:
     """Run a pipeline's stages, up to `jobs` at once, in the order in which what they need is there.
 
-    Raises Interrupted after SIGINT or SIGTERM, when every stage has saved and ended.
+    Raises Interrupted after a signal, when every stage has saved and ended.
     """
     running: dict[str, _Running] = {}
-    with _passing_signals_on(running) as received:
+    with passed_on(lambda number: _send(running, number)) as received:
         while True:
             for name in progress.stages:
                 if name not in progress.statuses and name not in running:
@@ -90,11 +95,14 @@ def side_by_side(progress: Progress, modules: Mapping[str, str], *, jobs: int, f
             waiting = [] if received else [name for name in progress.ready() if name not in running]
             for name, device in zip(waiting, free, strict=False):
                 _start(progress, name, modules, device, force, running)
+                if received:  # while it was started
+                    _send(running, received[-1])
+                    break
             _collect(progress, running)
             if not running and (received or not progress.ready()):
                 break
             time.sleep(_LOOK_EVERY_S)
-    if received:
+    if received and progress.done != progress.stages.keys():
         raise Interrupted("stopped; the same command goes on from the last checkpoints")
 
 
@@ -143,15 +151,17 @@ def _collect(progress: Progress, running: dict[str, _Running]) -> None:
     for name in [name for name, stage in running.items() if stage.process.poll() is not None]:
         stage = running.pop(name)
         log = Path(progress.stages[name].output_dir) / LOG_FILE
-        if stage.process.returncode == 0:
+        code = stage.process.returncode
+        if code == 0:
             progress.statuses[name] = stage.state
             progress.seconds[name] = {"train": time.perf_counter() - stage.since}  # it keeps an account of its own
             say(f"{name}: finished")
         else:
-            progress.failed(name, ChatalignError(f"{_last_line(log)} (all of it in {log})"))
-            say(f"{name}: failed: {progress.failures[name]}")
-        account()
-        open_account()
+            words = _last_line(log) if code > 0 else f"ended by {signal.Signals(-code).name}"
+            stopped = code == EXIT_INTERRUPTED or -code in STOP_SIGNALS
+            error = (StageStopped if stopped else ChatalignError)(f"{words} (all of it in {log})")
+            progress.failed(name, error)
+            say(f"{name}: {progress.statuses[name]}: {error}")
 
 
 def _last_line(log: Path) -> str:
@@ -159,20 +169,8 @@ def _last_line(log: Path) -> str:
     return lines[-1].removeprefix("chatalign: ") if lines else "it ended without a word"
 
 
-@contextmanager
-def _passing_signals_on(running: Mapping[str, _Running]) -> Iterator[list[int]]:
-    """Signals inside, which every running stage is sent too, so that it saves and ends."""
-    received: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        received.append(number)
-        for stage in list(running.values()):
-            if stage.process.poll() is None:
-                stage.process.send_signal(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _send(running: Mapping[str, _Running], number: int) -> None:
+    """Send a signal to every stage that runs, so that it saves and ends."""
+    for stage in list(running.values()):
+        if stage.process.poll() is None:
+            stage.process.send_signal(number)

@@ -31,7 +31,7 @@ def summarise(
     evaluation: dict[str, Any] = {}
     before = {row["name"]: row.get("seconds", {}) for row in _summary_before(pipeline).get("stages", [])}
     for name, recipe in stages.items():
-        if statuses[name] in ("failed", "blocked"):
+        if statuses[name] in ("failed", "interrupted", "blocked"):
             rows.append({"name": name, "stage": recipe.stage, "status": statuses[name], "metrics": {}})
             continue
         artifact = load_artifact(recipe.output_dir)
