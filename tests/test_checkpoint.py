@@ -17,6 +17,7 @@ from chatalign.checkpoint import (
     prune,
     publish,
     read_manifest,
+    tidy,
     verify,
     write_manifest,
 )
@@ -125,3 +126,24 @@ def test_a_checkpoint_is_written_aside_and_reaches_its_place_whole(tmp_path: Pat
     (place / "model.safetensors").unlink()  # damaged: a resume trains this step again, and saves it again
     publish(make(begin(tmp_path), 4, sealed=False), "mine")
     assert latest_valid(tmp_path, "mine") == place
+
+
+@pytest.mark.parametrize("left", ["nothing", "a half-written one", "another LATEST", "no LATEST", "one too many"])
+def test_what_a_killed_save_left_is_tidied_up(left: str, tmp_path: Path) -> None:
+    for step in (2, 4):
+        publish(make(begin(tmp_path), step, sealed=False), "mine")
+    if left == "a half-written one":
+        make(begin(tmp_path), 6, sealed=False)
+    elif left == "another LATEST":
+        (tmp_path / LATEST).write_text("checkpoint-2\n")
+        (tmp_path / f".{LATEST}.new").write_text("check")
+    elif left == "no LATEST":
+        (tmp_path / LATEST).unlink()
+    elif left == "one too many":
+        make(tmp_path, 1)
+        (tmp_path / "checkpoint-1" / MANIFEST).unlink()  # half of it is gone
+    tidy(tmp_path / "checkpoint-4", keep=2, run_id="mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, "checkpoint-2", "checkpoint-4"]
+    assert (tmp_path / LATEST).read_text() == "checkpoint-4\n"
+    tidy(tmp_path / "checkpoint-4", keep=None, run_id="mine")
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"]

@@ -14,10 +14,11 @@ import pytest
 import yaml
 from hub_server import HubServer
 
+from chatalign import hub
 from chatalign.artifact import Artifact, BaseModelRef, DataUsed, hash_files
 from chatalign.errors import ArtifactError, HubError
 from chatalign.hub import contents_to_push, pending, push, push_pending
-from chatalign.launch import hand_out
+from chatalign.launch import catch_up, hand_out
 from chatalign.recipe import SftRecipe
 
 TOKEN = "hf_" + "x" * 34
@@ -176,8 +177,8 @@ def test_what_still_waits_is_counted(run_folder: Path) -> None:  # the test sess
         list(push_pending(run_folder))
 
 
-def test_a_hub_that_is_down_ends_no_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = SftRecipe.model_validate(
+def pushing(run_folder: Path) -> SftRecipe:
+    return SftRecipe.model_validate(
         {
             "stage": "sft",
             "output_dir": str(run_folder),
@@ -186,11 +187,41 @@ def test_a_hub_that_is_down_ends_no_run(run_folder: Path, capsys: pytest.Capture
             "hub": {"push": True, "repo": "me/pocket"},
         }
     )
-    hand_out(recipe)
+
+
+def test_a_hub_that_is_down_ends_no_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hand_out(pushing(run_folder))
     assert (
         f"the run is finished and kept, `chatalign push --pending {run_folder}` uploads it" in capsys.readouterr().err
     )
     assert pending(run_folder) == [run_folder]
+
+
+def test_an_upload_that_is_cut_off_waits(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*_: Any, **__: Any) -> str:
+        assert pending(run_folder) == [run_folder], "a kill leaves no time to note it"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "_upload", cut)
+    with pytest.raises(KeyboardInterrupt):
+        push(run_folder, "me/pocket", private=False)
+    monkeypatch.setattr(hub, "_upload", lambda contents, repo, private, message: f"{repo} private={private}")
+    assert list(push_pending(run_folder)) == [f"{run_folder}: me/pocket private=False"]
+    assert pending(run_folder) == []
+
+
+def test_a_finished_run_is_handed_out_where_that_was_cut_off(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[str] = []
+    monkeypatch.setattr(hub, "push", lambda folder, repo, private: pushed.append(repo) or repo)
+    recipe = pushing(run_folder)
+    catch_up(recipe)  # killed between artifact.json and report.md
+    assert (run_folder / "report.md").read_text().startswith("# dpo run `r1`")
+    assert pushed == ["me/pocket"]
+    catch_up(recipe)
+    assert pushed == ["me/pocket"], "all is done"
+    (run_folder / "push.json").write_text("{}")
+    catch_up(recipe)
+    assert pushed == ["me/pocket"] * 2
 
 
 def test_offline_is_said(run_folder: Path) -> None:  # the test session itself is offline

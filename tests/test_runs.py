@@ -161,3 +161,18 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_parent_that_was_altered_is_refused_before_anything_is_written(recipe: SftRecipe, tmp_path: Path) -> None:
+    artifact = finish(recipe)
+    child = changed(recipe, output_dir=str(tmp_path / "child"), model={"name_or_path": recipe.output_dir})
+    assert open_run(child).parents[0].run_id == artifact.run_id
+    weights = Path(recipe.output_dir) / "model" / "model.safetensors"
+    weights.write_bytes(b"Trained")
+    for again in (child, changed(child, output_dir=str(tmp_path / "other"))):  # begun, and new
+        with pytest.raises(ArtifactError, match=r"model\.safetensors: altered since it was written; restore it, or"):
+            open_run(again)
+    assert not (tmp_path / "other").exists()
+    weights.unlink()
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: missing; restore it, or make .*run again by its"):
+        open_run(child)

@@ -1,82 +1,167 @@
-"""A chain in a process of its own that counts what it does to files and weights, and kills itself at a given count.
+"""A chain in a process of its own that counts what it does to files and weights, and kills itself at a given point.
 
-SIGKILL leaves no time to tidy up. What is counted: files opened to be written, synced, renamed, deleted, tensors
-written, and optimizer steps: every point at which a save is half done, and every step between saves.
+SIGKILL leaves no time to tidy up. A point lies before a file is opened to be written, renamed, removed, or synced once
+it is written, before a folder is made or removed, behind a file that no Python code writes (safetensors, torch, arrow),
+and at each optimizer step. Up to the next point only the file that was opened last changes: a kill may cut it in half.
 """
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
-import shutil
 import signal
-from collections.abc import Callable, Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.ipc
 import safetensors.torch
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).resolve().parents[2]  # shipped recipes name their rows from there
-WRITES = frozenset("wax+")
 # What a forkserver imports once: a start costs more than what is trained here. (It looks for nothing beside the tests.)
 PRELOADED = ["chatalign.pipeline", "chatalign.sft", "chatalign.reward", "chatalign.dpo", "chatalign.ppo"]
+_MOVES = {"os.rename": "rename", "os.remove": "remove", "os.rmdir": "rmdir", "os.mkdir": "mkdir", "os.link": "link"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a run: in which stage and part of it, what comes next, and which file was being written."""
+
+    stage: str
+    part: str  # open, train, save STEP, finish
+    label: str
+    writing: str = ""
+
+    @property
+    def place(self) -> str:
+        """Stage and part, which every start of the stage goes through in the same way."""
+        return f"{self.stage} {self.part}"
+
+
+@dataclass(frozen=True)
+class Kill:
+    """To be killed at the `number`-th point of a place ("" counts all); `half` cuts the file that is being written."""
+
+    number: int
+    place: str = ""
+    half: bool = False
 
 
 class Points:
-    """Counts points from when it is installed; `kill_at` of them is the last. `labels` says what each was."""
+    """Counts points from when it is installed; `kill` is the last of them."""
 
-    def __init__(self, folder: Path, kill_at: int | None) -> None:
-        self.folder, self.kill_at = folder, kill_at
-        self.labels: list[str] = []
+    def __init__(self, folder: Path, kill: Kill | None) -> None:
+        self.folder, self.kill, self.process = str(folder), kill, os.getpid()
+        self.stage, self.part = "", "open"
+        self.seen: list[Point] = []
+        self._counts: Counter[str] = Counter()
+        self._writing: tuple[str, int] | None = None  # the file that was opened last, and its size before
 
     def reach(self, label: str) -> None:
         """One more point; the process ends here where it is the one."""
-        self.labels.append(label)
-        if len(self.labels) == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if os.getpid() != self.process:
+            return
+        writing, self._writing = self._writing, None
+        point = Point(self.stage, self.part, label, Path(writing[0]).name if writing else "")
+        self.seen.append(point)
+        self._counts.update(("", point.place))
+        if self.kill is not None and self._counts[self.kill.place] == self.kill.number:
+            if self.kill.half and writing is not None:
+                os.truncate(writing[0], (writing[1] + os.path.getsize(writing[0])) // 2)
+            os.kill(self.process, signal.SIGKILL)
 
     def install(self) -> None:
         """Count from now on, to the end of the process."""
-        opened = builtins.open
+        sys.addaudithook(self._audit)
+        self._around(os, "fsync", before=lambda file: self._sync(file))
+        self._around(torch, "save", after=lambda _, file, *__, **___: self._written(file))
+        self._around(safetensors.torch, "serialize_file", after=lambda _, file, *__, **___: self._written(file))
+        self._around(pyarrow.ipc, "new_stream", after=lambda file, *_, **__: self._written(file, still=True))
+        register_optimizer_step_pre_hook(lambda *_: self._step())
+        self._follow_parts()
 
-        def watched_open(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if WRITES & set(mode) and self._ours(file):
-                self.reach(f"open {self._name(file)}")
-            return opened(file, mode, *args, **kwargs)
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            self._opened(*arguments)
+        elif event == "os.mkdir" and os.path.isdir(arguments[0]):
+            return  # it was there
+        elif event in _MOVES:
+            # rmtree removes what lies in a folder that it holds open
+            self._reach(_MOVES[event], arguments[0], arguments[-1] if event in ("os.remove", "os.rmdir") else -1)
 
-        builtins.open = watched_open  # type: ignore[assignment]
-        self._watch(os, "fsync", lambda *_: "fsync")
-        for module, name in ((os, "replace"), (os, "rename"), (os, "unlink"), (shutil, "rmtree")):
-            self._watch(module, name, lambda path, *_, name=name: f"{name} {self._name(path)}")
-        self._watch(torch, "save", lambda _, file, *__: f"torch.save {self._name(file)}")
-        self._watch(safetensors.torch, "save_file", lambda _, file, *__: f"save_file {self._name(file)}")
-        register_optimizer_step_pre_hook(lambda *_: self.reach("step"))
+    def _opened(self, path: Any, mode: str | None, flags: int) -> None:
+        to_write = isinstance(path, str | os.PathLike) and flags & (os.O_WRONLY | os.O_RDWR)
+        if to_write and self._reach("open", path):
+            kept = os.path.exists(path) and not flags & os.O_TRUNC
+            self._writing = (str(path), os.path.getsize(path) if kept else 0)
 
-    def _watch(self, module: Any, name: str, label: Callable[..., str]) -> None:
-        right = getattr(module, name)
+    def _sync(self, file: int) -> None:
+        if self._writing is not None:
+            self._reach("sync", f"/proc/self/fd/{file}")
+
+    def _reach(self, what: str, path: Any, folder: int = -1) -> bool:
+        """A point where `path`, in an open folder or not, lies in ours."""
+        within = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else ""
+        place = os.path.join(within, os.fspath(path))
+        place = os.readlink(place) if place.startswith("/proc/self/fd/") else os.path.abspath(place)
+        if not place.startswith(self.folder):
+            return False
+        self.reach(f"{what} {os.path.relpath(place, self.folder)}")
+        return True
+
+    def _written(self, file: Any, *, still: bool = False) -> None:
+        """Behind a write that Python doesn't see; `still`: the file is open, and grows until the next point."""
+        if isinstance(file, str | os.PathLike) and str(file).startswith(self.folder):
+            self._writing = (str(file), 0)
+            if not still:
+                self.reach(f"written {os.path.relpath(file, self.folder)}")
+
+    def _around(self, owner: Any, name: str, *, before: Any = None, after: Any = None) -> None:
+        right: Callable[..., Any] = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self.reach(label(*args))
+            if before is not None:
+                before(*args, **kwargs)
             done = right(*args, **kwargs)
-            self.reach(f"after {label(*args)}")
+            if after is not None:
+                after(*args, **kwargs)
             return done
 
-        setattr(module, name, watched)
+        setattr(owner, name, watched)
 
-    def _ours(self, file: Any) -> bool:
-        return isinstance(file, str | os.PathLike) and str(self.folder) in str(Path(file).absolute())
+    def _step(self) -> None:
+        self.part = "train"
+        self.reach("step")
 
-    def _name(self, file: Any) -> str:
-        return Path(file).name if isinstance(file, str | os.PathLike) else type(file).__name__
+    def _follow_parts(self) -> None:
+        """Say of each point in which stage and part of it it lies."""
+        from chatalign import pipeline
+        from chatalign.engine.sealed import SealedTrainer
+
+        def opened(recipe: Any, *_: Any) -> None:
+            self.stage, self.part = Path(recipe.output_dir).name, "open"
+
+        def saving(trainer: Any, *_: Any) -> None:
+            self.part = f"save {trainer.state.global_step}"
+
+        self._around(pipeline, "run_stage", before=opened)
+        self._around(SealedTrainer, "_save_checkpoint", before=saving, after=lambda *_: setattr(self, "part", "train"))
+        self._around(SealedTrainer, "train", after=lambda *_, **__: setattr(self, "part", "finish"))
 
 
 def run(
-    recipe: str, overrides: Mapping[str, Any], environment: Mapping[str, str], kill_at: int | None, labels: str
+    recipe: str,
+    only: Collection[str] | None,
+    environment: Mapping[str, str],
+    kill: Kill | None,
+    points: str | None,
 ) -> None:
-    """Run a pipeline in this process; it is killed at a point, or writes all its points' labels to a file."""
+    """Run a pipeline, or some of its stages, in this process; it is killed, or writes all its points to a file."""
     import datasets
 
     from chatalign.pipeline import run_pipeline
@@ -85,7 +170,8 @@ def run(
     os.chdir(ROOT)
     datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])
     torch.set_num_threads(1)
-    points = Points(Path(recipe).parent, kill_at)
-    points.install()
-    run_pipeline(recipe, overrides)
-    Path(labels).write_text(json.dumps(points.labels))
+    watched = Points(Path(recipe).parent, kill)
+    watched.install()
+    run_pipeline(recipe, only=only)
+    if points is not None:
+        Path(points).write_text(json.dumps([vars(point) for point in watched.seen]))
