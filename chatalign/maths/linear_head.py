@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+# On a CPU in half precision: of logits' gradients that wait to be multiplied with their hidden states at once.
+_WAITING_BYTES = 16 * 2**20
 
 
 class Head:
@@ -76,17 +78,41 @@ class Gradients:
         self.dhidden_KD = torch.empty_like(hidden_KD) if needed[0] else None
         self.dweight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needed[1] else None
         self.dbias_V = torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and needed[2] else None
+        # The weight's gradient is as large as the weight: to add to it for each chunk took as long as the products.
+        self._waiting_WV: Tensor | None = None
+        self._waiting = slice(0, 0)
+        if needed[1] and head.low and not weight_VD.is_cuda:
+            rows = min(len(hidden_KD), _WAITING_BYTES // (2 * len(weight_VD)))
+            self._waiting_WV = weight_VD.new_empty(rows, len(weight_VD))
 
     def add(self, gradient_CV: Tensor, part: slice) -> None:
-        """Take in d loss / d raw logits of the tokens in `part`."""
+        """Take in d loss / d raw logits of the tokens in `part`, which follow those taken in before."""
         if self.dbias_V is not None:
             self.dbias_V += gradient_CV.sum(0)
-        gradient_CV = self.head.narrowed(gradient_CV)
+        gradient_CV = self._narrowed(gradient_CV, part)
         if self.dhidden_KD is not None:
             self.dhidden_KD[part] = gradient_CV @ self.head.weight_VD
-        if self.dweight_VD is None:
-            return
-        hidden_CD = self.hidden_KD[part]
+        if self.dweight_VD is not None and self._waiting_WV is None:
+            self._add_product(gradient_CV, self.hidden_KD[part])
+
+    def _narrowed(self, gradient_CV: Tensor, part: slice) -> Tensor:
+        if self._waiting_WV is None:
+            return self.head.narrowed(gradient_CV)
+        if part.start + len(gradient_CV) - self._waiting.start > len(self._waiting_WV):
+            self._flush()
+        self._waiting = slice(self._waiting.start, part.start + len(gradient_CV))
+        place = slice(part.start - self._waiting.start, self._waiting.stop - self._waiting.start)
+        return self._waiting_WV[place].copy_(gradient_CV)
+
+    def _flush(self) -> None:
+        """Multiply the gradients that wait with their hidden states."""
+        if self._waiting_WV is not None and self._waiting.stop > self._waiting.start:
+            gradient_WV = self._waiting_WV[: self._waiting.stop - self._waiting.start]
+            self._add_product(gradient_WV, self.hidden_KD[self._waiting])
+            self._waiting = slice(self._waiting.stop, self._waiting.stop)
+
+    def _add_product(self, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
+        assert self.dweight_VD is not None
         if self.dweight_VD.dtype == hidden_CD.dtype:
             self.dweight_VD.addmm_(gradient_CV.t(), hidden_CD)
         elif self.head.wide_products:
@@ -96,6 +122,7 @@ class Gradients:
 
     def sums(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, weight and bias, before they are rounded to those tensors' dtypes."""
+        self._flush()
         return self.dhidden_KD, self.dweight_VD, self.dbias_V
 
 
