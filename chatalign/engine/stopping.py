@@ -48,7 +48,7 @@ class StopWhenAsked(TrainerCallback):
         """Whether any process is to stop; every process must ask."""
         found = self._own()
         if self.trainer.args.world_size > 1:
-            # Two processes on one machine take 0.1 ms.
+            # 0.3 ms, two processes on two busy cores.
             most = torch.tensor(found)
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._group)
             found = int(most)
@@ -92,6 +92,11 @@ class StopWhenAsked(TrainerCallback):
             self._stop(control)
             self.evaluation_owed = True
             raise EvaluationCut
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After a whole evaluation: PPO's, whose replies are drawn at one go, is never cut short."""
+        if self.trainer.is_in_train and not self.trainer.stopping and self.asked():
+            self._stop(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Comes after the last step in any case: what it brings is not due where the epoch was left early."""
