@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +22,8 @@ from same_steps import (
     write_rows,
 )
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
+from whole_row_attention import Kernel, eager, over_the_row, sdpa
 
 from chatalign.engine import attention, batching, lm_trainer, trainer
 from chatalign.engine.loss_head import sum_of_logprobs
@@ -81,6 +80,18 @@ def test_packing(stage: str, capacity: int, steps: Steps, monkeypatch: pytest.Mo
     assert_same_steps(*packed_and_padded(stage, capacity, steps, monkeypatch))
 
 
+def rows_of_bins(bins: batching.Bins) -> list[list[int]]:
+    """The rows of a packed run's bins, one a micro-batch, in the order of its first epoch."""
+    order = batching.BinSampler(len(bins), batch_size=1, seed=42).stretches()
+    return [list(bins.bins[bin_]) for (bin_,) in order]
+
+
+def follow(planned: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give an unpacked run these rows, micro-batch by micro-batch."""
+    monkeypatch.setattr(batching.BinSampler, "stretches", lambda _self: iter(planned))
+    monkeypatch.setattr(batching.BinSampler, "__len__", lambda _self: len(planned))
+
+
 def padded_logprobs(model: Any, batch: dict[str, Any]) -> Tensor:
     """Σ log p of a flat batch's targets from a rectangle of its rows, padded, through plain masked attention."""
     starts, ends = batch["segments"][:, 0], batch["segments"][:, 1]
@@ -100,12 +111,9 @@ def packed_and_padded(
     over: dict[str, Any] = {"data": {"packing": True, "max_length": capacity}}
     over["train"] = {"per_device_train_batch_size": 1, "max_steps": 4}
     packed = steps(stage, over)
-    bins = kept[0].bins
-    assert max(map(len, bins)) > 2
-    order = batching.BinSampler(len(bins), batch_size=1, seed=42).stretches()
-    planned = [list(bins[bin_]) for (bin_,) in order]
-    monkeypatch.setattr(batching.BinSampler, "stretches", lambda _self: iter(planned))
-    monkeypatch.setattr(batching.BinSampler, "__len__", lambda _self: len(planned))
+    assert max(map(len, kept[0].bins)) > 2
+    planned = rows_of_bins(kept[0])
+    follow(planned, monkeypatch)
     monkeypatch.setattr(lm_trainer, "sum_of_logprobs", padded_logprobs)
     padded = steps(stage, merge(over, {"data": {"packing": False}}))
     assert len(kept[-1]) == sum(map(len, planned))  # a row a bin
@@ -116,44 +124,12 @@ def packed_and_padded(
 # How a step is computed
 
 
-def _dense_mask(plan: attention.SegmentPlan) -> Tensor:
-    """(T, T) booleans of what the plan's segments see, written down from its definition."""
-    spans: list[tuple[int, int]] = []
-    mask = torch.zeros(sum(plan.lengths), sum(plan.lengths), dtype=torch.bool)
-    for length, prefix in zip(plan.lengths, plan.prefixes, strict=True):
-        start = spans[-1][1] if spans else 0
-        spans.append((start, start + length))
-        mask[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
-        if prefix is not None:
-            mask[start : start + length, slice(*spans[prefix])] = True
-    return mask[None, None]
-
-
-def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    layer: Any = SimpleNamespace(num_key_value_groups=1, training=False)
-    hidden = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    return modeling_llama.eager_attention_forward(layer, query, key, value, hidden, scaling)[0]
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    return sdpa_attention_forward(SimpleNamespace(is_causal=False), query, key, value, mask, scaling=scaling)[0]
-
-
 @pytest.mark.parametrize("stage", NATIVE)
-@pytest.mark.parametrize("whole", [_eager, _sdpa], ids=["eager", "sdpa"])
-def test_attention(
-    stage: str, whole: Callable[..., Tensor], steps: Steps, baseline: Steps, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("whole", [eager, sdpa], ids=["eager", "sdpa"])
+def test_attention(stage: str, whole: Kernel, steps: Steps, baseline: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers' own kernels over the whole row with a T × T mask, in place of ours segment by segment."""
-    theirs, rows_seen = baseline(stage), []
-
-    def over_the_row(
-        query: Tensor, key: Tensor, value: Tensor, plan: Any, _dropout: float, scaling: Any, _: Any
-    ) -> Any:
-        rows_seen.append(len(plan.lengths))
-        return whole(query, key, value, _dense_mask(plan), scaling)
-
-    monkeypatch.setattr(attention, "_segment_by_segment", over_the_row)
+    theirs, rows_seen = baseline(stage), list[int]()
+    monkeypatch.setattr(attention, "_segment_by_segment", over_the_row(whole, rows_seen))
     assert_same_steps(steps(stage), theirs)
     assert max(rows_seen) >= 4
 
@@ -247,7 +223,7 @@ def test_packed_rows_that_see_one_another_are_found(steps: Steps, monkeypatch: p
         if query.shape[2] < 30:  # the start-up check's, which would refuse it
             return own(query, key, value, plan, dropout, scaling, softcap)
         mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
-        return _sdpa(query, key, value, mask[None, None], scaling)
+        return sdpa(query, key, value, mask[None, None], scaling)
 
     monkeypatch.setattr(attention, "_segment_by_segment", leaks)
     packed, padded = packed_and_padded("sft", 96, steps, monkeypatch)
