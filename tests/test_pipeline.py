@@ -330,24 +330,3 @@ def test_side_by_side_a_failure_leaves_the_others_running(processes: Path, monke
     assert (processes.parent / "runs" / "dpo" / "artifact.json").exists()
     monkeypatch.delenv("FAILS")
     assert statuses(run_pipeline(processes, jobs=2)) == ["skipped", "resumed", "skipped"]
-
-
-def test_side_by_side_a_signal_reaches_every_stage(processes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (processes.parent / "stand_in.py").write_text(
-        STAND_IN.replace("import os, sys", "import os, signal, sys")
-        .replace(
-            "if recipe.stage == os.environ.get",
-            "if recipe.stage == 'dpo':\n"
-            "    os.kill(os.getppid(), signal.SIGTERM)\n"
-            "if recipe.stage in ('dpo', 'reward'):\n"
-            "    signal.sigtimedwait([signal.SIGTERM], 60) or sys.exit('chatalign: no signal came')\n"
-            "    (place / 'saved').touch()\n"
-            "    sys.exit(130)\n"
-            "if recipe.stage == os.environ.get",
-        )
-        .replace("recipe = load", "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\nrecipe = load")
-    )
-    monkeypatch.setenv("WAITS", "for each other")
-    with pytest.raises(Interrupted, match="the same command goes on"):
-        run_pipeline(processes, jobs=2)
-    assert all((processes.parent / "runs" / name / "saved").exists() for name in ("reward", "dpo"))
