@@ -6,13 +6,14 @@ import gc
 import json
 import logging
 import os
-import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from forked import start
 
 from chatalign.artifact import load_artifact
 from chatalign.errors import NonFiniteError
@@ -66,6 +67,11 @@ def models_alive() -> int:
     return sum(isinstance(thing, torch.nn.Module) for thing in gc.get_objects())
 
 
+def alone_in_its_process(stage: str, words: list[str]) -> None:
+    sys.argv = [f"chatalign.{stage}", *words]
+    import_module(f"chatalign.{stage}").main()
+
+
 def test_a_stage_of_a_chain_gives_the_weights_that_it_gives_alone(chain: Path) -> None:
     folder = chain.parent
     import_once("chatalign.sft")
@@ -77,11 +83,12 @@ def test_a_stage_of_a_chain_gives_the_weights_that_it_gives_alone(chain: Path) -
         assert {"data", "model", "train", "save"} <= set(row["seconds"])
         assert 0 < row["overhead_s"] < sum(row["seconds"].values())
     for stage in ("sft", "reward", "dpo"):
-        command = [sys.executable, "-m", f"chatalign.{stage}", f"{stage}.yaml", f"output_dir={folder}/alone_{stage}"]
+        words = [f"{stage}.yaml", f"output_dir={folder}/alone_{stage}"]
         if stage != "sft":
-            command.append(f"model.name_or_path={folder}/chain/sft")
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+            words.append(f"model.name_or_path={folder}/chain/sft")
+        process = start(alone_in_its_process, stage, words, printed=folder / "printed.txt", folder=folder)
+        process.join()
+        assert process.exitcode == 0, (folder / "printed.txt").read_text("utf-8")
         together, alone = load_artifact(folder / "chain" / stage), load_artifact(folder / f"alone_{stage}")
         assert together.files == alone.files, f"{stage}: other weights than in a process of its own"
         assert together.metrics["loss"] == alone.metrics["loss"]

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import PRELOADED
 
-from chatalign import ppo
+from chatalign import checkpoint, ppo
+from chatalign.engine.ppo_state import LISTS_FILE
 from chatalign.recipe import PpoRecipe
 
 from . import interrupted_run
@@ -78,13 +80,17 @@ def test_a_run_that_is_cut_off_at_nine_points_ends_the_same(make_recipe: Make, p
     same_end(resumed, whole)
 
 
-def launched(recipe: PpoRecipe, kill: tuple[str, int] | None = None, *, processes: int = 1) -> list[int]:
+def launched(
+    recipe: PpoRecipe, kill: tuple[str, int] | None = None, *, processes: int = 1, number: int = signal.SIGKILL
+) -> list[int]:
     """Exit codes of a run in processes of its own, the last of which is killed; its end is that of all.
+
+    With another `number` it gets that signal, and the others end by themselves.
 
     They come from a server that has imported everything once: a start costs more than what is trained here.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["chatalign.ppo", "chatalign.engine.ppo_setup"])
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,11 +100,11 @@ def launched(recipe: PpoRecipe, kill: tuple[str, int] | None = None, *, processe
     for rank in range(processes):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         dies = kill if rank == processes - 1 else None
-        started.append(context.Process(target=interrupted_run.run, args=(recipe, shared | own, dies)))
+        started.append(context.Process(target=interrupted_run.run, args=(recipe, shared | own, dies, number)))
         started[-1].start()
     started[-1].join(timeout=300)
     for process in started:
-        if kill is not None:
+        if kill is not None and number == signal.SIGKILL:
             process.kill()  # as a launcher does where one of its processes is gone
         process.join(timeout=300)
     return [int(process.exitcode or 0) for process in started]
@@ -117,14 +123,23 @@ def test_sigkill_leaves_nothing_that_changes_the_end(make_recipe: Make, points: 
 
 
 @pytest.mark.slow
-def test_two_processes_killed_together(make_recipe: Make) -> None:
-    """One of the two dies in the middle of an update and takes the other with it; both go on bit for bit."""
+def test_two_processes_killed_or_stopped_together(make_recipe: Make) -> None:
+    """One of the two dies in the middle of an update, or gets a signal while it draws replies; both go on bit for bit.
+
+    What has drawn replies saves them: they are not drawn again.
+    """
     over = {**OVER, "ppo": {**OVER["ppo"], "total_episodes": 16}}
-    whole, resumed = make_recipe("whole", over), make_recipe("resumed", over)
+    whole, resumed, stopped = (make_recipe(name, over) for name in ("whole", "resumed", "stopped"))
     assert launched(whole, processes=2) == [0, 0]
     assert launched(resumed, ("backward", 7), processes=2)[1] == -signal.SIGKILL
     assert not (Path(resumed.output_dir) / "artifact.json").exists()
     assert launched(resumed, processes=2) == [0, 0]
     assert 1 <= logged(resumed)[0]["step"] < 8
+    assert launched(stopped, ("reply", 12), processes=2, number=signal.SIGUSR1) == [130, 130]
+    newest = checkpoint.list_checkpoints(Path(stopped.output_dir) / "checkpoints")[-1]
+    assert newest.name == "checkpoint-5"  # the first of the second rollout's steps
+    assert (newest / LISTS_FILE).is_file()
+    assert launched(stopped, processes=2) == [0, 0]
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(resumed)[name], tensor), name
+        assert torch.equal(weights(stopped)[name], tensor), name

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import yaml
+from forked import run_ranks
 from peft import PeftModel
 from tiny import make_llama
 from transformers import AutoModelForCausalLM
@@ -23,6 +19,7 @@ from chatalign.engine.ppo_shards import refuse_unshardable
 from chatalign.errors import ModelError
 from chatalign.recipe import PpoRecipe
 
+from . import sharded_run
 from .conftest import LORA, Make
 from .test_resume import go_on_from
 from .test_run import logged, weights
@@ -30,7 +27,6 @@ from .test_run import logged, weights
 POLICIES = (("lora", LORA), ("full", None))
 # What `accelerate launch --config_file accelerate_configs/fsdp2.yaml` sets, on CPUs.
 FSDP2 = {
-    "ACCELERATE_USE_CPU": "true",
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
@@ -38,57 +34,11 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "OMP_NUM_THREADS": "1",
 }
-# Runs each recipe in turn, and holds every one to what it says: no weight is whole on a process. accelerate shards on
-# GPUs alone, and would run DDP here; torch's FSDP2 itself runs on CPUs too.
-_SCRIPT = """
-import sys
-from accelerate.state import AcceleratorState, DistributedType
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from chatalign import ppo
-from chatalign.engine.ppo_trainer import PpoTrainer
-from chatalign.recipe import load_recipe
-
-init = AcceleratorState.__init__
-def on_cpus(self, *args, fsdp_plugin=None, **settings):
-    init(self, *args, fsdp_plugin=fsdp_plugin, **settings)
-    if fsdp_plugin is not None:
-        self.fsdp_plugin = fsdp_plugin
-        if self._mixed_precision != "no":
-            fsdp_plugin.set_mixed_precision(self._mixed_precision)
-    if vars(self).get("fsdp_plugin") is not None:
-        self.distributed_type = DistributedType.FSDP
-AcceleratorState.__init__ = on_cpus
-
-release = PpoTrainer.release_policy
-def checked(self):
-    if not self.is_fsdp_enabled:
-        return release(self)
-    assert all(isinstance(p, DTensor) for p in self.model.parameters())
-    own = sum(p.to_local().numel() for p in self.model.parameters())
-    assert own < 0.6 * sum(p.numel() for p in self.model.parameters())
-    layers = [m for m in self.model.modules() if type(m).__name__.endswith("DecoderLayer")]
-    assert layers and all(isinstance(layer, FSDPModule) for layer in layers)
-    release(self)
-PpoTrainer.release_policy = checked
-for path in sys.argv[1:]:
-    ppo.run(load_recipe(path))
-"""
 
 
-def launch_sharded(script: Path, *recipes: PpoRecipe, **environment: str) -> subprocess.CompletedProcess[str]:
-    script.write_text(_SCRIPT, "utf-8")
-    paths = [Path(recipe.output_dir).with_suffix(".yaml") for recipe in recipes]
-    for recipe, path in zip(recipes, paths, strict=True):
-        path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), "utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=static"]
-    command += ["--master-addr=127.0.0.1", f"--master-port={port}", str(script), *map(str, paths)]
-    return subprocess.run(command, env=os.environ | FSDP2 | environment, capture_output=True, text=True, timeout=300)
+def launch_sharded(folder: Path, *recipes: PpoRecipe, **environment: str) -> None:
+    run_ranks(2, sharded_run.train, recipes, printed=folder / "printed.txt", environment=FSDP2 | environment)
 
 
 def assert_same_run(one: PpoRecipe, two: PpoRecipe) -> None:
@@ -143,8 +93,7 @@ def test_shards_train_as_whole_weights_do(
         "shared": {"ppo": {"value": "shared"}, "lora": LORA, "train": saves},
     }
     twos = {name: make_recipe(f"{name}-two", over) for name, over in cases.items()}
-    done = launch_sharded(tmp_path / "run.py", *twos.values())
-    assert done.returncode == 0, done.stderr[:6000]
+    launch_sharded(tmp_path, *twos.values())
     for name, over in cases.items():
         one = make_recipe(f"{name}-one", over)
         ppo.run(one)
@@ -153,8 +102,7 @@ def test_shards_train_as_whole_weights_do(
     resumed = [(name, make_recipe(f"{name}-{step}", cases[name])) for name, step in (("adapters", 3), ("whole", 4))]
     for name, recipe in resumed:
         go_on_from(Path(twos[name].output_dir), int(recipe.output_dir[-1]), Path(recipe.output_dir))
-    done = launch_sharded(tmp_path / "run.py", *(recipe for _, recipe in resumed))
-    assert done.returncode == 0, done.stderr[:6000]
+    launch_sharded(tmp_path, *(recipe for _, recipe in resumed))
     for name, recipe in resumed:
         theirs = weights(recipe)
         for key, tensor in weights(twos[name]).items():
@@ -175,8 +123,7 @@ def test_bf16_rounds_as_it_does_without_shards(make_recipe: Make, tmp_path: Path
         for shards in ("true", "false")
     }
     for shards, recipes in runs.items():
-        done = launch_sharded(tmp_path / "run.py", *recipes, ACCELERATE_USE_FSDP=shards)
-        assert done.returncode == 0, done.stderr[:6000]
+        launch_sharded(tmp_path, *recipes, ACCELERATE_USE_FSDP=shards)
     for sharded, whole in zip(runs["true"], runs["false"], strict=True):
         assert_same_run(whole, sharded)
         assert logged(sharded)[0]["policy/ratio_mean"] == pytest.approx(1, abs=1e-3)

@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from forked import run_ranks
 
 from chatalign import ppo
-from chatalign.recipe import PpoRecipe
 
 from .conftest import LORA, Make
 from .test_run import logged, weights
 
 
-def launch(recipe: PpoRecipe, processes: int) -> None:
-    path = Path(recipe.output_dir).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), "utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += ["--rdzv-backend=static", "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "chatalign.ppo"]
-    subprocess.run(
-        [*command, str(path)],
-        check=True,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-
-
 @pytest.mark.slow
-def test_two_processes_are_one(make_recipe: Make) -> None:
+def test_two_processes_are_one(make_recipe: Make, tmp_path: Path) -> None:
     over = {
         "lora": LORA,
         "ppo": {"kl_control": "adaptive", "kl_target": 0.01, "kl_horizon": 50, "target_kl": 10.0},
@@ -46,7 +25,7 @@ def test_two_processes_are_one(make_recipe: Make) -> None:
     }
     one, two = make_recipe("one", over), make_recipe("two", over)
     ppo.run(one)
-    launch(two, 2)
+    run_ranks(2, ppo.run, two, printed=tmp_path / "printed.txt")
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-5)
     for mine, yours in zip(logged(one), logged(two), strict=True):

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import start
+from tiny import make_llama, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chatalign.data.collate import collate_sequences
 from chatalign.engine import loss_head
+from chatalign.engine.isolation import enable_segments
 from chatalign.engine.loss_head import _CHUNK_BYTES, _PLAIN_LOGITS_BYTES
+from chatalign.engine.ppo_model import PpoModel, ValueHead
 
 from .conftest import Make, built
 
 REPLIES, LENGTH, WIDTH = 16, 64, 16
 TOKENS = REPLIES * LENGTH
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class Largest(TorchDispatchMode):
@@ -45,8 +48,6 @@ class Largest(TorchDispatchMode):
 
 def trainer_with(vocabulary: int, make_recipe: Make, folder: Path, **ppo: Any) -> Any:
     """A one-layer model of `vocabulary` tokens behind the tiny tokenizer, which knows the first few hundred."""
-    from tiny import make_llama, make_tokenizer
-
     tokenizer = make_tokenizer()
     model = make_llama(
         vocabulary, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, num_key_value_heads=4
@@ -138,47 +139,39 @@ def test_small_logits_take_the_plain_path(
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
 
 
-MEASURE = """
-import json, sys
-import torch
-from tiny import make_llama
-from chatalign.data.collate import collate_sequences
-from chatalign.engine.isolation import enable_segments
-from chatalign.engine import loss_head
-from chatalign.engine.ppo_model import PpoModel, ValueHead
+def measure(vocabulary: int, head: str, most: int, found: Path) -> None:
+    """Write this process's peak memory after an update of 256 tokens and after one of `most`, in bytes."""
+    # A fixed threshold: glibc would raise it after the first large block that is freed, and keep what follows.
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+    model = make_llama(vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_key_value_heads=4)
+    enable_segments(model)
+    if head == "chunked":
+        assert loss_head.enable_chunked_head(model)
+    ppo = PpoModel(model, ValueHead(16), temperature=1.0, entropy_grad=True)
+    peaks = []
+    for tokens in (256, most):
+        out = ppo(collate_sequences([[5]] * (tokens // 64), [[6] * 64] * (tokens // 64)))
+        (out.logps.sum() + out.entropy.sum() + out.values.sum()).backward()
+        peaks.append(peak())
+    found.write_text(json.dumps(peaks))
 
-def peak():
-    for line in open("/proc/self/status"):
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
 
-vocabulary, plain, most = int(sys.argv[1]), sys.argv[2] == "plain", int(sys.argv[3])
-model = make_llama(vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_key_value_heads=4)
-enable_segments(model)
-if not plain:
-    assert loss_head.enable_chunked_head(model)
-ppo = PpoModel(model, ValueHead(16), temperature=1.0, entropy_grad=True)
-peaks = []
-for tokens in (256, most):
-    out = ppo(collate_sequences([[5]] * (tokens // 64), [[6] * 64] * (tokens // 64)))
-    (out.logps.sum() + out.entropy.sum() + out.values.sum()).backward()
-    peaks.append(peak())
-print(json.dumps(peaks))
-"""
+def peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from Linux's /proc")
-def test_peak_memory_does_not_grow_with_tokens_times_the_vocabulary(root: Path) -> None:
+def test_peak_memory_does_not_grow_with_tokens_times_the_vocabulary(tmp_path: Path) -> None:
     vocabulary, tokens = 32768, 1024
     logits = (tokens - 256) * vocabulary * 4
 
     def growth(head: str) -> int:
-        command = [sys.executable, "-c", MEASURE, str(vocabulary), head, str(tokens)]
-        # A fixed threshold: glibc would raise it after the first large block that is freed, and keep what follows.
-        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-        out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root / "tests", env=env)
-        before, after = json.loads(out.stdout.splitlines()[-1])
+        process = start(measure, vocabulary, head, tokens, tmp_path / head, printed=tmp_path / "printed.txt")
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "printed.txt").read_text("utf-8")
+        before, after = json.loads((tmp_path / head).read_text())
         return int(after - before)
 
     assert growth("chunked") < 0.25 * logits
