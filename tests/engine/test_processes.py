@@ -20,7 +20,8 @@ from chatalign.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 _WORDS = ["hello", "world", "Paris", "thank you", "capital"]
-# Runs each recipe in turn; the last one is first stopped by a signal that only the first process gets.
+# Runs each recipe in turn; the last one is stopped three times before: by a signal to the last process alone, by two
+# signals at different moments, and in the middle of an evaluation.
 _SCRIPT = """
 import os, signal, sys
 from importlib import import_module
@@ -28,26 +29,46 @@ from chatalign.engine.lm_trainer import LmTrainer
 from chatalign.errors import Interrupted
 from chatalign.recipe import load_recipe
 
+RANK = int(os.environ["RANK"])
+right = {name: getattr(LmTrainer, name) for name in ("objective", "_save_checkpoint")}
+
 def run(path):
     recipe = load_recipe(path)
     import_module(f"chatalign.{recipe.stage}").run(recipe)
 
+def stopped(path, said, objective=lambda self: None, save=lambda self: None):
+    sent = []
+    def once(number):
+        if number and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+    def watched_objective(self, *arguments):
+        once(objective(self))
+        return right["objective"](self, *arguments)
+    def watched_save(self, *arguments):
+        once(save(self))
+        return right["_save_checkpoint"](self, *arguments)
+    LmTrainer.objective, LmTrainer._save_checkpoint = watched_objective, watched_save
+    try:
+        run(path)
+    except Interrupted as error:
+        assert said in str(error), error
+    else:
+        raise SystemExit("not interrupted")
+    LmTrainer.objective, LmTrainer._save_checkpoint = right.values()
+
 for path in sys.argv[1:-1]:
     run(path)
-objective = LmTrainer.objective
-def signalled(self, *arguments):
-    if os.environ["RANK"] == "0" and self.state.global_step == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return objective(self, *arguments)
-LmTrainer.objective = signalled
-try:
-    run(sys.argv[-1])
-except Interrupted as stopped:
-    assert "saved at step 3" in str(stopped), stopped
-else:
-    raise SystemExit("not interrupted")
-LmTrainer.objective = objective
-run(sys.argv[-1])
+last = sys.argv[-1]
+stopped(last, "SIGUSR1: saved at step 3", lambda self: RANK == 1 and self.state.global_step == 2 and signal.SIGUSR1)
+stopped(
+    last,
+    "SIGTERM: saved at step 4",
+    lambda self: RANK == 0 and signal.SIGTERM,
+    lambda self: RANK == 1 and signal.SIGINT,
+)
+stopped(last, "SIGTERM: saved at step 5", lambda self: RANK == 1 and not self.model.training and signal.SIGTERM)
+run(last)
 """
 
 

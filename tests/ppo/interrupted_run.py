@@ -1,14 +1,16 @@
-"""A PPO run in a process of its own that kills itself. SIGKILL leaves no time to tidy up."""
+"""A PPO run in a process of its own that sends itself a signal. SIGKILL leaves no time to tidy up."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from chatalign import checkpoint, ppo
 from chatalign.engine.ppo_trainer import PpoTrainer
+from chatalign.errors import Interrupted
 from chatalign.recipe import PpoRecipe
 from chatalign.rollout.sampler import Sampler
 
@@ -37,9 +39,17 @@ def at_call(place: str, count: int, end: Callable[[], None]) -> Callable[[], Non
     return lambda: setattr(owner, name, right)
 
 
-def run(recipe: PpoRecipe, environment: Mapping[str, str], kill: tuple[str, int] | None = None) -> None:
-    """Train in this process, to be killed at a place and a count of its calls."""
+def run(
+    recipe: PpoRecipe,
+    environment: Mapping[str, str],
+    kill: tuple[str, int] | None = None,
+    number: int = signal.SIGKILL,
+) -> None:
+    """Train in this process, which gets a signal at a place and a count of its calls."""
     os.environ.update(environment)
     if kill is not None:
-        at_call(*kill, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    ppo.run(recipe)
+        at_call(*kill, lambda: os.kill(os.getpid(), number))
+    try:
+        ppo.run(recipe)
+    except Interrupted:
+        sys.exit(130)
