@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chatalign.artifact import ARTIFACT_FILE
+from chatalign.engine.signals import STOP_SIGNALS
 from chatalign.errors import ChatalignError
 from chatalign.forked import end_with_parent
 from chatalign.launch import say, write_report
@@ -105,9 +106,8 @@ class _Worker:
 
 def _serve(pipe: Connection) -> None:
     end_with_parent()
-    for number in (signal.SIGINT, signal.SIGUSR1):  # sent to the whole group: the parent knows what to do
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in STOP_SIGNALS:  # sent to the whole group: the parent knows what to do, and ends this by SIGTERM
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     while True:
         work, arguments = pipe.recv()
         try:
