@@ -19,6 +19,7 @@ from every_stage import CASES, make_world
 from tiny import make_llama, make_tokenizer
 
 from chatalign.artifact import sha256_file
+from chatalign.engine.lm_trainer import LmTrainer
 from chatalign.metrics_file import METRICS_FILE, read_metrics
 
 pytestmark = pytest.mark.slow
@@ -160,6 +161,22 @@ def test_prepared_tokens_are_the_same_bytes(twice: tuple[Path, Path]) -> None:
     ]
     assert kept[0] == kept[1]
     assert len(kept[0]) > 2 * len(every_stage.ROWS)
+
+
+def test_the_key_asks_torch_for_deterministic_algorithms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    objective = LmTrainer.objective
+
+    def watched(*arguments: Any) -> Any:
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return objective(*arguments)
+
+    monkeypatch.setattr(LmTrainer, "objective", watched)
+    monkeypatch.chdir(world(tmp_path))
+    every_stage.run_cases(["sft-lora"], "runs", {"sft-lora": DETERMINED})
+    assert asked
+    assert all(asked)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 ON_A_GPU = ["sft-full", "sft-lora", "dpo-full", "dpo-lora", "ppo-full", "ppo-lora"]
