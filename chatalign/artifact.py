@@ -26,6 +26,7 @@ from chatalign.recipe.sections import Section
 ARTIFACT_FILE = "artifact.json"
 RUN_FILE = "run.json"
 MODEL_FOLDER = "model"
+CHECKPOINTS = "checkpoints"
 Kind = Literal["model", "adapter", "reward_model", "reward_adapter", "evaluation"]
 
 

@@ -35,12 +35,14 @@ def begin(checkpoints: str | Path) -> Path:
     return aside
 
 
-def publish(saved: Path, run_id: str, extra: Mapping[str, Any] | None = None) -> Path:
+def publish(
+    saved: Path, run_id: str, extra: Mapping[str, Any] | None = None, made_from: Mapping[str, Any] | None = None
+) -> Path:
     """Seal a checkpoint that lies in :func:`begin`'s folder and move it to its place, which it reaches whole.
 
     To be called once every process has written its files.
     """
-    write_manifest(saved, run_id, extra)
+    write_manifest(saved, run_id, extra, made_from)
     place = saved.parent.parent / saved.name
     if place.exists():  # a resume passed it over, since it is damaged
         shutil.rmtree(place)
@@ -66,25 +68,43 @@ def tidy(newest: Path, *, keep: int | None, run_id: str) -> None:
         prune(checkpoints, keep=keep, run_id=run_id)
 
 
-def write_manifest(checkpoint: str | Path, run_id: str, extra: Mapping[str, Any] | None = None) -> Path:
+def write_manifest(
+    checkpoint: str | Path,
+    run_id: str,
+    extra: Mapping[str, Any] | None = None,
+    made_from: Mapping[str, Any] | None = None,
+) -> Path:
     """Seal a checkpoint: sync its files to disk, then write their hashes, whole or not at all.
 
-    `extra` is whatever a resume must find again.
+    `extra` is whatever a resume must find again; `made_from` names what the run depends on: ``fingerprint``,
+    ``recipe``, ``data``, ``base_model``, ``parents``, ``world_size``.
     """
     checkpoint = Path(checkpoint)
     files = hash_files(checkpoint, ".")
     files.pop(MANIFEST, None)
     sync_files(checkpoint, files)
-    content = {"run_id": run_id, "files": files, "extra": dict(extra or {}), "versions": versions()}
+    content = {"run_id": run_id, **(made_from or {}), "versions": versions(), "extra": dict(extra or {})}
+    content["files"] = files
     return write_json(checkpoint / MANIFEST, content)
 
 
 def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
-    """A checkpoint's manifest; raises CheckpointError where it is missing or unreadable."""
+    """A checkpoint's manifest; raises CheckpointError where it is missing or unreadable.
+
+    ``fingerprint`` and ``world_size`` are None where an older chatalign didn't write them.
+    """
     path = Path(checkpoint) / MANIFEST
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        return {"run_id": str(manifest["run_id"]), "files": dict(manifest["files"]), "extra": dict(manifest["extra"])}
+        extra = dict(manifest["extra"])
+        since = {name: manifest.get(name, extra.get(name)) for name in ("fingerprint", "world_size")}
+        return {
+            **manifest,
+            **since,
+            "run_id": str(manifest["run_id"]),
+            "files": dict(manifest["files"]),
+            "extra": extra,
+        }
     except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint}: has no {MANIFEST}, so it was cut off while it was saved; {_PASSED_OVER}"

@@ -17,7 +17,7 @@ from chatalign.recipe.schema import SCHEMA_NAMES, STAGE_NAMES, schema_text
 
 
 def launch_stage(stage: str, words: Sequence[str]) -> NoReturn:
-    """``RECIPE [key=value ...] [--force] [--traceback]`` of one stage; ends the process."""
+    """``RECIPE [key=value ...] [options]`` of one stage; ends the process."""
     from chatalign.launch import stage_main
 
     def run(recipe: Any) -> Any:

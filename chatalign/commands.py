@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +23,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys, as train.learning_rate=1e-4.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Run again even where the same run is finished.")]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY", help="Go on with an unfinished run although KEY changed; several with commas."),
+]
 Trace = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 ModelRef = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, adapter folder, model folder or Hub id.")]
 
@@ -34,51 +38,95 @@ def _end(work: Callable[[], None], traceback: bool = False) -> None:
     raise typer.Exit(guarded(work, show_traceback=traceback))
 
 
-def _stage(stage: str, recipe: str, overrides: list[str] | None, force: bool, traceback: bool) -> None:
-    flags = ["--force"] * force + ["--traceback"] * traceback
+def _stage(
+    stage: str, recipe: str, overrides: list[str] | None, force: bool, allow_change: list[str] | None, traceback: bool
+) -> None:
+    flags = ["--force"] * force + ["--traceback"] * traceback + [f"--allow-change={key}" for key in allow_change or []]
     launch_stage(stage, [recipe, *(overrides or []), *flags])
 
 
 @app.command()
-def pretrain(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+def pretrain(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    force: Force = False,
+    allow_change: AllowChange = None,
+    traceback: Trace = False,
+) -> None:
     """Next-token training on plain text."""
-    _stage("pretrain", recipe, overrides, force, traceback)
+    _stage("pretrain", recipe, overrides, force, allow_change, traceback)
 
 
 @app.command()
-def sft(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+def sft(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    force: Force = False,
+    allow_change: AllowChange = None,
+    traceback: Trace = False,
+) -> None:
     """Supervised fine-tuning on demonstrations."""
-    _stage("sft", recipe, overrides, force, traceback)
+    _stage("sft", recipe, overrides, force, allow_change, traceback)
 
 
 @app.command()
-def reward(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+def reward(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    force: Force = False,
+    allow_change: AllowChange = None,
+    traceback: Trace = False,
+) -> None:
     """A reward model from preference pairs."""
-    _stage("reward", recipe, overrides, force, traceback)
+    _stage("reward", recipe, overrides, force, allow_change, traceback)
 
 
 @app.command()
-def dpo(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+def dpo(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    force: Force = False,
+    allow_change: AllowChange = None,
+    traceback: Trace = False,
+) -> None:
     """Direct preference optimisation."""
-    _stage("dpo", recipe, overrides, force, traceback)
+    _stage("dpo", recipe, overrides, force, allow_change, traceback)
 
 
 @app.command()
-def ppo(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+def ppo(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    force: Force = False,
+    allow_change: AllowChange = None,
+    traceback: Trace = False,
+) -> None:
     """PPO against a reward model or Python rewards."""
-    _stage("ppo", recipe, overrides, force, traceback)
+    _stage("ppo", recipe, overrides, force, allow_change, traceback)
 
 
 @app.command()
-def kto(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+def kto(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    force: Force = False,
+    allow_change: AllowChange = None,
+    traceback: Trace = False,
+) -> None:
     """KTO on unpaired feedback, run by TRL."""
-    _stage("kto", recipe, overrides, force, traceback)
+    _stage("kto", recipe, overrides, force, allow_change, traceback)
 
 
 @app.command("eval")
-def evaluate(recipe: RecipePath, overrides: Overrides = None, force: Force = False, traceback: Trace = False) -> None:
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    force: Force = False,
+    allow_change: AllowChange = None,
+    traceback: Trace = False,
+) -> None:
     """Measure models side by side."""
-    _stage("eval", recipe, overrides, force, traceback)
+    _stage("eval", recipe, overrides, force, allow_change, traceback)
 
 
 @app.command()
@@ -86,6 +134,7 @@ def run(
     recipe: RecipePath,
     overrides: Overrides = None,
     force: Force = False,
+    allow_change: AllowChange = None,
     accelerate_config: Annotated[
         str | None, typer.Option(help="Start each stage through accelerate with this configuration file.")
     ] = None,
@@ -105,14 +154,15 @@ def run(
         from chatalign.recipe import parse_overrides
 
         changes = parse_overrides(overrides or [])
+        how: dict[str, Any] = {"force": force, "allow_change": allow_change or [], "jobs": jobs}
+        how["accelerate_config"] = accelerate_config
         with breaking_off():
             if sweep:
                 from chatalign.sweep import parse_sweeps, run_sweep
 
-                swept = parse_sweeps(sweep)
-                run_sweep(recipe, changes, swept, force=force, accelerate_config=accelerate_config, jobs=jobs)
+                run_sweep(recipe, changes, parse_sweeps(sweep), **how)
             else:
-                run_pipeline(recipe, changes, force=force, accelerate_config=accelerate_config, jobs=jobs)
+                run_pipeline(recipe, changes, **how)
 
     _end(work, traceback)
 

@@ -38,6 +38,10 @@ class OtherRunError(CheckpointError):
     """A checkpoint that another run wrote; never skipped, since the folder itself is then wrong."""
 
 
+class ChangedRunError(ChatalignError, ValueError):
+    """An unfinished run that is asked for with another recipe, data, model or number of processes than before."""
+
+
 class NonFiniteError(ChatalignError, ArithmeticError):
     """A loss, reward or gradient that is NaN or infinite; the run stops here."""
 

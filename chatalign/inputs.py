@@ -23,7 +23,7 @@ from chatalign.artifact import (
 from chatalign.recipe import DatasetSource, ModelSection, Recipe
 
 Inputs = dict[str, Any]
-_NOT_IN_FINGERPRINT = {"output_dir", "tracking", "hub", "run_name"}
+NOT_IN_FINGERPRINT = {"output_dir", "tracking", "hub", "run_name"}
 
 
 def run_inputs(recipe: Recipe) -> Inputs:
@@ -34,7 +34,7 @@ def run_inputs(recipe: Recipe) -> Inputs:
     recipe, path and sha256 (a Hub name stands for itself); and ``chatalign``, the version.
     Raises ArtifactError where a parent is unfinished.
     """
-    settings = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _NOT_IN_FINGERPRINT}
+    settings = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in NOT_IN_FINGERPRINT}
     settings.get("train", {}).pop("max_hours", None)  # how long a process runs changes nothing in what it makes
     parents = {p.role: {"run_id": p.run_id, "fingerprint": p.fingerprint} for p in parents_of(recipe)}
     models: dict[str, str | None] = {}
@@ -110,10 +110,9 @@ def parents_of(recipe: Recipe) -> list[Parent]:
     return parents
 
 
-def base_model(recipe: Recipe, inputs: Inputs) -> BaseModelRef | None:
-    """The model that a recipe trains: name, revision, and its weights' sha256 where it is a folder or a run."""
-    section = getattr(recipe, "model", None)
-    if section is None or section.name_or_path is None:
+def base_model(section: ModelSection, inputs: Inputs) -> BaseModelRef | None:
+    """The model that a run trains: name, revision, and its weights' sha256 where it is a folder or a run."""
+    if section.name_or_path is None:
         return None
     sha256 = inputs["models"].get("model")
     if "model" in inputs["parents"]:

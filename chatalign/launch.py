@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from chatalign.engine.signals import breaking_off
-from chatalign.errors import ChatalignError, HubError, Interrupted
+from chatalign.errors import ChatalignError, HubError, Interrupted, RecipeError
 from chatalign.phases import LOOPS, account, open_account, overhead, phase
 from chatalign.recipe import load_recipe, parse_overrides
 
@@ -43,28 +43,64 @@ def quiet_libraries() -> None:
 
 
 def stage_main(stage: str, run: RunFunction, argv: Sequence[str] | None = None) -> NoReturn:
-    """``python -m chatalign.STAGE RECIPE [key=value ...] [--force] [--traceback]``; ends the process."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """``python -m chatalign.STAGE RECIPE [key=value ...] [options]``; ends the process."""
+    arguments, allow = take_option("--allow-change", sys.argv[1:] if argv is None else argv)
     flags = {name for name in ("--force", "--traceback") if name in arguments}
     words = [word for word in arguments if word not in flags]
-    usage = f"usage: chatalign {stage} RECIPE [key=value ...] [--force] [--traceback]"
+    usage = f"usage: chatalign {stage} RECIPE [key=value ...] [--force] [--allow-change KEY] [--traceback]"
     if not words or words[0].startswith("-"):
         print(usage, file=sys.stderr if words and words[0] not in ("-h", "--help") else sys.stdout)
         raise SystemExit(0 if words and words[0] in ("-h", "--help") else EXIT_REFUSED)
 
     def work() -> None:
         with breaking_off():
-            execute(stage, run, words[0], words[1:], force="--force" in flags)
+            execute(stage, run, words[0], words[1:], force="--force" in flags, allow_change=allow)
 
     raise SystemExit(guarded(work, show_traceback="--traceback" in flags))
 
 
-def execute(stage: str, run: RunFunction, path: str, overrides: Sequence[str], *, force: bool = False) -> None:
-    """Load the recipe and run the stage, unless the same run is finished already and `force` is off."""
+def take_option(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words without every ``NAME VALUE`` and ``NAME=VALUE``, and the values."""
+    rest, values = [], []
+    given = iter(words)
+    for word in given:
+        option, equals, value = word.partition("=")
+        if option == name:
+            values.append(value if equals else next(given, ""))
+        else:
+            rest.append(word)
+    return rest, values
+
+
+def allowed_keys(given: Sequence[str], *, force: bool) -> list[str]:
+    """The keys of every ``--allow-change A,B``; raises RecipeError where one names none, or beside ``--force``."""
+    keys = [[key.strip() for key in listed.split(",") if key.strip()] for listed in given]
+    if not all(keys):
+        raise RecipeError("--allow-change: name what may change, as in --allow-change train.learning_rate")
+    if keys and force:
+        raise RecipeError("--force begins anew and --allow-change goes on with a run: give one of the two")
+    return [key for listed in keys for key in listed]
+
+
+def execute(
+    stage: str,
+    run: RunFunction,
+    path: str,
+    overrides: Sequence[str],
+    *,
+    force: bool = False,
+    allow_change: Sequence[str] = (),
+) -> None:
+    """Load the recipe and run the stage, unless the same run is finished already and `force` is off.
+
+    `allow_change` names keys that may have changed since an unfinished run was begun, which then goes on.
+    """
     open_account()
+    allow = allowed_keys(allow_change, force=force)
     with phase("check"):
         recipe = load_recipe(path, parse_overrides(overrides), stage=stage)
-        from chatalign.runs import finished, locked  # not needed to refuse a recipe
+        from chatalign.runs import finished, is_main_process, locked, world_size  # not needed to refuse a recipe
+        from chatalign.unfinished import settle
 
         refuse_launch(recipe)
         quiet_libraries()
@@ -74,6 +110,9 @@ def execute(stage: str, run: RunFunction, path: str, overrides: Sequence[str], *
             return
         refuse_problems(recipe)
     with locked(recipe.output_dir):
+        with phase("check"):
+            if is_main_process() and (line := settle(recipe, processes=world_size(), force=force, allow=allow)):
+                say(line)
         artifact = run(recipe)
         say(f"{recipe.output_dir}: finished in {artifact.wall_s:.0f} s (run {artifact.run_id})")
         hand_out(recipe)

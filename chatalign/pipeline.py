@@ -23,7 +23,17 @@ from chatalign.beside import Beside
 from chatalign.engine.signals import passed_on
 from chatalign.errors import ChatalignError, Interrupted, StageStopped
 from chatalign.inputs import recipe_fingerprint
-from chatalign.launch import STATUS_FILE, around, catch_up, hand_out, quiet_libraries, refuse_problems, say
+from chatalign.launch import (
+    STATUS_FILE,
+    allowed_keys,
+    around,
+    catch_up,
+    hand_out,
+    quiet_libraries,
+    refuse_problems,
+    say,
+)
+from chatalign.permits import Permits, by_stage
 from chatalign.phases import account, open_account, phase
 from chatalign.recipe import PipelineRecipe, Recipe, apply_overrides, load_pipeline, read_yaml, validate_stage
 from chatalign.runs import finished, locked, open_run, status
@@ -79,35 +89,40 @@ def run_pipeline(
     overrides: Mapping[str, Any] | None = None,
     *,
     force: bool = False,
+    allow_change: Sequence[str] = (),
     accelerate_config: str | Path | None = None,
     jobs: int | None = None,
     only: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Run a pipeline recipe and return its summary (what ``summary.json`` holds).
 
-    `force` runs every stage again. `accelerate_config` starts each training stage through
+    `force` runs every stage again. `allow_change` names keys, each after its stage's name, that may have changed since
+    an unfinished run was begun, which then goes on. `accelerate_config` starts each training stage through
     ``accelerate launch --config_file``; without it all stages share this process. With `jobs` above 1 stages that
     don't need one another run side by side, each in a process and on a GPU of its own; None is as many as there are
     GPUs. `only` leaves all other stages out. A stage that fails leaves those that don't need it running; its error is
     raised at the end.
     """
     pipeline = load_pipeline(path, overrides)
+    allow = by_stage(allowed_keys(allow_change, force=force), pipeline.stages)
     stages = resolve_stages(pipeline, path)
     if only is not None:
         stages = {name: recipe for name, recipe in stages.items() if name in only}
+    permits = Permits(stages=stages, force=force, allow=allow, accelerate_config=accelerate_config)
     folder = Path(pipeline.output_dir)
     started = time.perf_counter()
     open_account()
     with locked(folder):
         with phase("check"):
             _refuse_what_cannot_run(stages)
+            permits.refuse()
         progress = Progress(stages, {name: inputs_of(pipeline, name) for name in stages})
         jobs = _gpus() if jobs is None else jobs
         if jobs > 1 and accelerate_config is None:
-            side_by_side(progress, STAGE_MODULES, jobs=jobs, force=force)
+            side_by_side(progress, STAGE_MODULES, jobs=jobs, permits=permits)
         else:
             with Beside(stages) as beside:
-                _one_by_one(progress, force, accelerate_config, beside)
+                _one_by_one(progress, permits, accelerate_config, beside)
                 beside.wait()
         statuses, wall_s = progress.statuses, time.perf_counter() - started
         summary = summarise(pipeline, stages, statuses, progress.seconds, wall_s=wall_s)
@@ -136,16 +151,16 @@ def _gpus() -> int:
     return max(1, len(listed.stdout.splitlines()))
 
 
-def _one_by_one(progress: Progress, force: bool, accelerate_config: str | Path | None, beside: Beside) -> None:
+def _one_by_one(progress: Progress, permits: Permits, accelerate_config: str | Path | None, beside: Beside) -> None:
     """Bring every stage up to date in turn; those that need a failed one are left out."""
-    for number, (name, recipe) in enumerate(progress.stages.items(), start=1):
+    for number, name in enumerate(progress.stages, start=1):
         title = f"[{number}/{len(progress.stages)}] {name}"
         if progress.blocked(name):
             missing = ", ".join(sorted(progress.needs[name] & progress.failures.keys()))
             say(f"{title}: left out, since it needs {missing}")
             continue
         try:
-            status = _run_one(recipe, title, force, accelerate_config, beside)
+            status = _run_one(name, title, permits, accelerate_config, beside)
         except ChatalignError as error:
             if type(error) is Interrupted:  # this process got a signal: no other stage begins
                 raise
@@ -169,13 +184,15 @@ def _refuse_what_cannot_run(stages: Mapping[str, Recipe]) -> None:
             refuse_problems(recipe, made_later=made_later, looked_at=looked_at)
 
 
-def _run_one(recipe: Recipe, title: str, force: bool, accelerate_config: str | Path | None, beside: Beside) -> str:
+def _run_one(name: str, title: str, permits: Permits, accelerate_config: str | Path | None, beside: Beside) -> str:
     """Bring one stage up to date; returns what had to be done: skipped, resumed or ran."""
+    recipe = permits.stages[name]
     with phase("check"):
-        if not force and finished(recipe) is not None:
+        if not permits.force and finished(recipe) is not None:
             say(f"{title}: fresh, skipped")
             catch_up(recipe)
             return "skipped"
+        permits.make_way(name)
         state = status(recipe.output_dir, recipe_fingerprint(recipe))
     say(f"{title}: {'resuming' if state == 'resumable' else 'running'} ({recipe.stage})")
     if accelerate_config is not None and recipe.stage != "eval":

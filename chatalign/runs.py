@@ -9,19 +9,18 @@ anything else in the folder is moved aside to ``NAME.previous``, never deleted u
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import yaml
 
 from chatalign.artifact import (
-    ARTIFACT_FILE,
+    CHECKPOINTS,
     MODEL_FOLDER,
     RUN_FILE,
     Artifact,
@@ -32,10 +31,19 @@ from chatalign.artifact import (
     write_json,
 )
 from chatalign.errors import ArtifactError, RecipeError
-from chatalign.inputs import parents_of, recipe_fingerprint
-from chatalign.recipe import Recipe
+from chatalign.inputs import Inputs, base_model, inputs_fingerprint, parents_of, recipe_fingerprint, run_inputs
+from chatalign.recipe import Recipe, StageRecipe
+from chatalign.unfinished import (
+    RECIPE_FILE,
+    allowed_processes,
+    changed,
+    earlier_fingerprints,
+    fingerprints,
+    move_aside,
+    read_run_file,
+    take_allowed,
+)
 
-CHECKPOINTS = "checkpoints"
 Status = Literal["finished", "resumable", "stale", "new"]
 # Loading holds these to the artifact itself, and a recipe may name another template or tokenizer in their place.
 _OWN_CHECK = ("chat_template.jinja", "tokenizer.json", "generation_config.json")
@@ -54,12 +62,19 @@ os.register_at_fork(after_in_child=_hold_no_locks)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """An opened run: where it writes, and who it is."""
+    """An opened run: where it writes, who it is, and what it depends on.
+
+    `earlier` are the fingerprints that it had before changes that were allowed, `allowed_processes` how many it was
+    last allowed to go on with where that is another number than before.
+    """
 
     folder: Path
     run_id: str
     fingerprint: str
     parents: list[Parent]
+    inputs: Inputs = field(default_factory=dict)
+    earlier: frozenset[str] = frozenset()
+    allowed_processes: int | None = None
 
     @property
     def model_folder(self) -> Path:
@@ -70,6 +85,21 @@ class Run:
     def checkpoints(self) -> Path:
         """Where checkpoints go."""
         return self.folder / CHECKPOINTS
+
+    def made_from(self, recipe: StageRecipe) -> dict[str, Any]:
+        """What a checkpoint says of the run that wrote it, besides its id."""
+        base = base_model(recipe.model, self.inputs) if self.inputs else None
+        return {
+            "fingerprint": self.fingerprint,
+            "recipe": recipe.model_dump(mode="json"),
+            "data": {read["path"]: read["sha256"] for read in self.inputs.get("data", [])},
+            "base_model": None if base is None else base.model_dump(),
+            "parents": [parent.model_dump() for parent in self.parents],
+        }
+
+    def take_allowed(self, recipe: StageRecipe, *, step: int) -> None:
+        """Note that the run goes on from `step` under the change that it was allowed, if any; one process does."""
+        take_allowed(self.folder, recipe.model_dump(mode="json"), fingerprint=self.fingerprint, step=step)
 
 
 def status(folder: str | Path, run_fingerprint: str) -> Status:
@@ -86,8 +116,8 @@ def status(folder: str | Path, run_fingerprint: str) -> Status:
         pass  # unfinished or unreadable: the run file below decides
     else:
         return "stale"
-    begun = _read_run_file(folder)
-    return "resumable" if begun.get("fingerprint") == run_fingerprint else "stale"
+    begun = read_run_file(folder)
+    return "resumable" if begun and run_fingerprint in fingerprints(begun) else "stale"
 
 
 def world_size() -> int:
@@ -144,14 +174,15 @@ def _open_run(recipe: Recipe) -> Run:
     import secrets
 
     folder = Path(recipe.output_dir)
-    run_fingerprint = recipe_fingerprint(recipe)
-    parents = parents_of(recipe)
+    inputs = run_inputs(recipe)
+    mark, parents = inputs_fingerprint(inputs), parents_of(recipe)
     if is_main_process():
         _refuse_altered(parents)
-    state = status(folder, run_fingerprint)
+    state = status(folder, mark)
     if state == "resumable":
-        run_id = str(_read_run_file(folder)["run_id"])
-        return Run(folder=folder, run_id=run_id, fingerprint=run_fingerprint, parents=parents)
+        return _go_on(folder, inputs, mark, parents)
+    if state == "stale" and (found := changed(recipe)) is not None and (refusal := found.refusal()) is not None:
+        raise refusal
     if state in ("stale", "finished"):
         move_aside(folder)
     run_id = secrets.token_hex(6)
@@ -162,11 +193,31 @@ def _open_run(recipe: Recipe) -> Run:
     # Under another name until it is whole: a folder without run.json is nobody's, and would be refused for ever.
     made = place.with_name(f".{place.name}.new-{run_id}")
     made.mkdir(parents=True)
-    (made / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
-    write_json(made / RUN_FILE, {"run_id": run_id, "stage": recipe.stage, "fingerprint": run_fingerprint})
+    (made / RECIPE_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
+    begun = {"run_id": run_id, "stage": recipe.stage, "fingerprint": mark, "inputs": inputs}
+    write_json(made / RUN_FILE, begun)
     os.replace(made, place)
     sync(place.parent)
-    return Run(folder=folder, run_id=run_id, fingerprint=run_fingerprint, parents=parents)
+    return Run(folder=folder, run_id=run_id, fingerprint=mark, parents=parents, inputs=inputs)
+
+
+def _go_on(folder: Path, inputs: Inputs, mark: str, parents: list[Parent]) -> Run:
+    """The unfinished run in `folder`; its record gets what an older chatalign left out."""
+    begun = read_run_file(folder)
+    recorded = {"inputs": inputs} | begun if begun["fingerprint"] == mark else dict(begun)
+    if begun.get("allowed", {"fingerprint": mark})["fingerprint"] != mark:
+        del recorded["allowed"]  # and not taken up: the command is the one of before again
+    if is_main_process() and recorded != begun:
+        write_json(folder / RUN_FILE, recorded)
+    return Run(
+        folder=folder,
+        run_id=str(begun["run_id"]),
+        fingerprint=mark,
+        parents=parents,
+        inputs=inputs,
+        earlier=earlier_fingerprints(begun, mark),
+        allowed_processes=allowed_processes(recorded),
+    )
 
 
 def _refuse_altered(parents: Iterable[Parent]) -> None:
@@ -182,22 +233,3 @@ def finished(recipe: Recipe) -> Artifact | None:
     if status(recipe.output_dir, recipe_fingerprint(recipe)) == "finished":
         return load_artifact(recipe.output_dir)
     return None
-
-
-def move_aside(folder: Path) -> Path:
-    """Move a run folder to ``NAME.previous``, replacing the one before; refuse a folder that is no run."""
-    if not any((folder / name).exists() for name in (RUN_FILE, ARTIFACT_FILE)):
-        raise RecipeError(f"{folder}: holds files that are no chatalign run; give another `output_dir`")
-    previous = folder.with_name(folder.name + ".previous")
-    if previous.exists():
-        shutil.rmtree(previous)
-    folder.rename(previous)
-    return previous
-
-
-def _read_run_file(folder: Path) -> dict[str, Any]:
-    try:
-        begun = json.loads((folder / RUN_FILE).read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return begun if isinstance(begun, dict) else {}

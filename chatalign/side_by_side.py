@@ -17,6 +17,7 @@ from chatalign.engine.signals import STOP_SIGNALS, passed_on
 from chatalign.errors import ChatalignError, Interrupted, StageStopped
 from chatalign.inputs import recipe_fingerprint
 from chatalign.launch import EXIT_INTERRUPTED, catch_up, say
+from chatalign.permits import Permits
 from chatalign.phases import phase
 from chatalign.recipe import Recipe
 from chatalign.runs import finished, open_run, status
@@ -80,7 +81,7 @@ class _Running:
     since: float
 
 
-def side_by_side(progress: Progress, modules: Mapping[str, str], *, jobs: int, force: bool) -> None:
+def side_by_side(progress: Progress, modules: Mapping[str, str], *, jobs: int, permits: Permits) -> None:
     """Run a pipeline's stages, up to `jobs` at once, in the order in which what they need is there.
 
     Raises Interrupted after a signal, when every stage has saved and ended.
@@ -94,7 +95,7 @@ def side_by_side(progress: Progress, modules: Mapping[str, str], *, jobs: int, f
             free = sorted(set(range(jobs)) - {stage.device for stage in running.values()})
             waiting = [] if received else [name for name in progress.ready() if name not in running]
             for name, device in zip(waiting, free, strict=False):
-                _start(progress, name, modules, device, force, running)
+                _start(progress, name, modules, device, permits, running)
                 if received:  # while it was started
                     _send(running, received[-1])
                     break
@@ -111,17 +112,18 @@ def _start(
     name: str,
     modules: Mapping[str, str],
     device: int,
-    force: bool,
+    permits: Permits,
     running: dict[str, _Running],
 ) -> None:
     recipe = progress.stages[name]
     try:
         with phase("check"):
-            if not force and finished(recipe) is not None:
+            if not permits.force and finished(recipe) is not None:
                 say(f"{name}: fresh, skipped")
                 catch_up(recipe)
                 progress.statuses[name] = "skipped"
                 return
+            permits.make_way(name)
             state = status(recipe.output_dir, recipe_fingerprint(recipe))
             run = open_run(recipe)
     except ChatalignError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from chatalign import checkpoint
 from chatalign.artifact import (
     ARTIFACT_FILE,
+    CHECKPOINTS,
     Artifact,
     DataUsed,
     load_artifact,
@@ -18,7 +19,6 @@ from chatalign.artifact import (
 )
 from chatalign.errors import ArtifactError, CheckpointError
 from chatalign.report.lineage import finished_runs
-from chatalign.runs import CHECKPOINTS
 
 
 @dataclass(frozen=True)

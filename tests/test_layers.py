@@ -12,8 +12,20 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "chatalign"
 LAYERS = [
     {"errors", "maths", "__init__"},
-    {"recipe", "artifact", "inputs", "runs", "metrics_file", "phases", "forked"},
-    {"data", "models", "engine", "rollout", "checkpoint", "tracking"},
+    {
+        "recipe",
+        "artifact",
+        "checkpoint",
+        "inputs",
+        "changes",
+        "carry",
+        "unfinished",
+        "runs",
+        "metrics_file",
+        "phases",
+        "forked",
+    },
+    {"data", "models", "engine", "rollout", "tracking"},
     {
         "sft",
         "reward",
@@ -33,6 +45,7 @@ LAYERS = [
         "launch",
         "check",
         "preflight",
+        "permits",
         "pipeline",
         "beside",
         "side_by_side",
@@ -58,7 +71,7 @@ LIGHT = (
     "commands",
     "data.checks",
 )
-LIGHT += ("warm", "phases", "forked", "beside", "side_by_side", "summary", "sweep", "verify")
+LIGHT += ("warm", "phases", "forked", "beside", "side_by_side", "summary", "sweep", "verify", "unfinished", "permits")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 

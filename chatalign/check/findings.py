@@ -53,8 +53,9 @@ class Finding:
 
 def halves(message: str) -> tuple[str, str]:
     """A message of ours as problem and mend: what stands before and after its arrow, else its last semicolon."""
+    first, line_break, rest = message.partition("\n")
     for separator in (" → ", "; "):
-        problem, found, mend = message.rpartition(separator)
+        problem, found, mend = first.rpartition(separator)
         if found:
-            return problem, mend
+            return f"{problem}{line_break}{rest}", mend
     return message, ""

@@ -8,17 +8,18 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from chatalign import checkpoint
-from chatalign.artifact import ARTIFACT_FILE, RUN_FILE
+from chatalign.artifact import ARTIFACT_FILE, CHECKPOINTS, RUN_FILE
+from chatalign.changes import recipe_changes
 from chatalign.check.findings import Finding
 from chatalign.check.identity import HASHED_BYTES, weights_bytes
 from chatalign.check.sizes import Sizes, estimate
-from chatalign.errors import ArtifactError, CheckpointError, OtherRunError, RecipeError
+from chatalign.errors import ArtifactError, ChangedRunError, CheckpointError, OtherRunError, RecipeError
 from chatalign.inputs import model_inputs, recipe_fingerprint
 from chatalign.recipe import Recipe
-from chatalign.runs import CHECKPOINTS, status
+from chatalign.runs import status
+from chatalign.unfinished import judged, recipe_as_begun
 
 
 def output_finding(recipe: Recipe) -> Finding:
@@ -30,8 +31,11 @@ def output_finding(recipe: Recipe) -> Finding:
     return Finding("output", f"`output_dir`: {folder}", None if ours else RecipeError(mend))
 
 
-def checkpoint_findings(recipe: Recipe) -> Iterator[Finding]:
-    """What a launch would do with the run that lies in `output_dir`, and whether its checkpoints are that run's."""
+def checkpoint_findings(recipe: Recipe, earlier: Mapping[str, Recipe]) -> Iterator[Finding]:
+    """What a launch would do with the run that lies in `output_dir`, and whether its checkpoints are that run's.
+
+    `earlier` are the stages of the same pipeline, by their folders.
+    """
     folder = Path(recipe.output_dir)
     begun = (folder / RUN_FILE).is_file() or (folder / ARTIFACT_FILE).is_file()
     if not begun or sum(weights_bytes(s.name_or_path or "") for s in model_inputs(recipe).values()) > HASHED_BYTES:
@@ -47,7 +51,7 @@ def checkpoint_findings(recipe: Recipe) -> Iterator[Finding]:
     elif state == "resumable":
         yield _resumed(folder, what)
     elif state == "stale":
-        yield Finding("checkpoints", what, note=_moved_aside(recipe, folder))
+        yield _stale(recipe, earlier, what)
 
 
 def _resumed(folder: Path, what: str) -> Finding:
@@ -70,37 +74,27 @@ def _resumed(folder: Path, what: str) -> Finding:
     return Finding("checkpoints", f"{what} begins again, it has no checkpoint", note=note)
 
 
+def _stale(recipe: Recipe, earlier: Mapping[str, Recipe], what: str) -> Finding:
+    """A failure where a launch would refuse to lose checkpoints, else a note that the run goes aside."""
+    folder = Path(recipe.output_dir)
+    try:
+        judged(recipe, stage=f"{folder.name}." if earlier else "", made_here=earlier)
+    except (ChangedRunError, OtherRunError) as error:
+        return Finding("checkpoints", what, error)
+    return Finding("checkpoints", what, note=_moved_aside(recipe, folder))
+
+
 def _moved_aside(recipe: Recipe, folder: Path) -> str:
     previous = folder.with_name(folder.name + ".previous")
     count = len(checkpoint.list_checkpoints(folder / CHECKPOINTS))
     held = f" and its {count} checkpoints" if count else ""
     lost = ", in place of the one there" if previous.exists() else ""
-    changed = _changed(recipe, folder / "recipe.yaml")
-    why = f"its recipe had {changed}" if changed else "its data, models or chatalign have changed since"
+    changed = next(recipe_changes(recipe_as_begun(folder), recipe.model_dump(mode="json")), None)
+    why = f"{changed}" if changed else "its data, models or chatalign have changed since"
     return (
         f"{folder} holds the run of another recipe ({why}): it{held} will be moved to {previous}{lost} "
         f"→ give another `output_dir` to keep both"
     )
-
-
-def _changed(recipe: Recipe, path: Path) -> str | None:
-    """The first value in which a run's recipe differs from this one, as ``train.learning_rate: 0.001``."""
-    import yaml
-
-    try:
-        before = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return next(_differences(before, recipe.model_dump(mode="json"), ""), None)
-
-
-def _differences(before: Any, now: Any, at: str) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(key for key in now if key not in before)]:
-            if key not in ("output_dir", "tracking", "hub", "run_name"):
-                yield from _differences(before.get(key), now.get(key), f"{at}.{key}" if at else str(key))
-    elif before != now:
-        yield f"`{at}: {json.dumps(before, ensure_ascii=False)[:60]}`"
 
 
 @dataclass

@@ -291,7 +291,8 @@ class PpoTrainer(ShardedTrainer):
         prompts = [self.prompt_rows[row]["prompt_ids"] for row in self.play.schedule.prompt_rows(rollout)]
         if self.experience and self.experience.prompt_ids != prompts:
             raise other_rows(str(self.run.checkpoints), f"rollout {rollout} answered other prompts")
-        self.kl_controller.load_state_dict(state["kl"])
+        if isinstance(self.kl_controller, AdaptiveKLController):  # a fixed one is what the recipe says, now
+            self.kl_controller.load_state_dict(state["kl"])
         self.skipped = int(state["skipped"])
         self.play.collector.rewards.load_state_dict(state["rewards"])
 

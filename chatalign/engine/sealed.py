@@ -20,6 +20,7 @@ from chatalign import checkpoint
 from chatalign.engine.disk import checkpoint_bytes, room_for
 from chatalign.engine.guard import StepGuard
 from chatalign.engine.metrics import Stopwatch
+from chatalign.engine.other_inputs import saved_otherwise, settings_of, take_hold
 from chatalign.engine.stopping import EvaluationCut, StopWhenAsked
 from chatalign.engine.weights import load_trainable, save_trainable
 from chatalign.errors import NonFiniteError
@@ -36,6 +37,7 @@ class SealedTrainer(Trainer):
     saved_use_cache: bool | None = None  # the configuration's value, which Trainer turns off for training
     stopping: bool = False  # all processes know that they stop at this step
     _saving: bool = False  # a checkpoint is written, aside
+    _saved_otherwise: bool = False  # the checkpoint that the run goes on from, before a change that was allowed
 
     def stage_state(self) -> dict[str, Any]:
         """JSON-able state of the stage that a resume must find again."""
@@ -61,10 +63,14 @@ class SealedTrainer(Trainer):
         self._tokens_before = 0  # seen by the run before this process started
         self.stopwatch, self.stop = Stopwatch(), StopWhenAsked(self)
         if resume_from_checkpoint is not None:
-            extra = checkpoint.read_manifest(resume_from_checkpoint)["extra"]
+            manifest = checkpoint.read_manifest(resume_from_checkpoint)
+            extra, processes = manifest["extra"], self.args.world_size
+            self._saved_otherwise = saved_otherwise(resume_from_checkpoint, manifest, self.run, processes)
             self._tokens_before = int(extra["tokens"])
             self.args.eval_on_start |= bool(extra.get("evaluation_owed"))
             self.load_stage_state(extra["stage"])
+        elif self.args.should_save:
+            self.run.take_allowed(self.recipe, step=0)
         self.add_callback(self.stop)
         self.add_callback(StepGuard(self))
         self.stopwatch.start()
@@ -135,9 +141,9 @@ class SealedTrainer(Trainer):
 
     def _publish(self, tokens: int) -> None:
         saved = self.run.checkpoints / checkpoint.SAVING / f"checkpoint-{self.state.global_step}"
-        extra = {"tokens": tokens, "stage": self.stage_state(), "world_size": self.args.world_size}
-        extra["evaluation_owed"] = self.stop.evaluation_owed
-        checkpoint.publish(saved, self.run.run_id, extra | {"fingerprint": self.run.fingerprint})
+        extra = {"tokens": tokens, "stage": self.stage_state(), "evaluation_owed": self.stop.evaluation_owed}
+        made_from = self.run.made_from(self.recipe) | {"world_size": self.args.world_size}
+        checkpoint.publish(saved, self.run.run_id, extra, made_from)
         if (keep := self.recipe.train.save_total_limit) is not None:
             checkpoint.prune(self.run.checkpoints, keep=keep, run_id=self.run.run_id)
 
@@ -150,6 +156,14 @@ class SealedTrainer(Trainer):
             super()._save(output_dir, state_dict)
         else:
             save_trainable(self.model, Path(output_dir or self.run.checkpoints), write=self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        settings = settings_of(self) if self._saved_otherwise else []
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._saved_otherwise:
+            take_hold(self, settings, str(checkpoint))
+        if checkpoint is not None and self.args.should_save:
+            self.run.take_allowed(self.recipe, step=self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is not None:  # sharded, and wrapped already

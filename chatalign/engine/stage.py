@@ -25,6 +25,7 @@ from chatalign.phases import phase
 from chatalign.recipe import StageRecipe
 from chatalign.runs import Run
 from chatalign.tracking import report_to
+from chatalign.unfinished import read_run_file
 
 # Read by the stage or the trainer base, not by TrainingArguments.
 _NOT_PASSED = {"learning_rate", "save_total_limit", "max_hours", *levers.KEYS}
@@ -145,7 +146,7 @@ def finish(
         data=data,
         seeds={"seed": recipe.train.seed, "data_seed": recipe.train.data_seed or recipe.train.seed},
         metrics={name: float(value) for name, value in metrics.items()},
-        extra=dict(extra or {}) | ({"ran_with": ran_with} if (ran_with := getattr(trainer, "ran_with", None)) else {}),
+        extra=dict(extra or {}) | _how_it_ran(trainer, run),
         wall_s=wall_s,
         tokens_seen=int(getattr(trainer.state, "num_input_tokens_seen", 0)),
         tokens_per_s=float(getattr(trainer, "tokens_per_s", 0.0)),
@@ -166,6 +167,12 @@ def finish(
         artifact.save(run.folder)
     accelerator.wait_for_everyone()
     return artifact
+
+
+def _how_it_ran(trainer: SavesModel, run: Run) -> dict[str, Any]:
+    """What the trainer chose, and what was changed while the run was unfinished."""
+    found = {"ran_with": getattr(trainer, "ran_with", None), "changes": read_run_file(run.folder).get("changes")}
+    return {name: value for name, value in found.items() if value}
 
 
 def without_tied_copies(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from chatalign.artifact import Artifact, load_artifact, write_whole
+from chatalign.changes import shown
 from chatalign.errors import DependencyError
 from chatalign.metrics_file import METRICS_FILE, read_metrics
 from chatalign.report.headline import duration, headline
@@ -37,6 +38,7 @@ def write_run_report(folder: str | Path) -> Path:
         section("Metrics", _metrics(artifact) if artifact.kind != "evaluation" else ""),
         section("Data", _data(artifact)),
         section("Lineage", _lineage(artifact)),
+        section("Changed while it was unfinished", _changes(artifact)),
         section("Recipe", f"```yaml\n{yaml.safe_dump(artifact.recipe, sort_keys=False, allow_unicode=True)}```"),
         section("Versions", ", ".join(f"{name} {version}" for name, version in artifact.versions.items())),
     ]
@@ -138,6 +140,13 @@ def _lineage(artifact: Artifact) -> str:
         if value
     ]
     return "\n\n".join(part for part in (table, markdown_table(("file", "sha256"), hashes)) if part)
+
+
+def _changes(artifact: Artifact) -> str:
+    """What was changed by name while the run was unfinished, and at which step it went on with it."""
+    changes = artifact.extra.get("changes", [])
+    rows = [(f"`{c['key']}`", shown(c["before"]), shown(c["now"]), c["step"]) for c in changes]
+    return markdown_table(("key", "before", "afterwards", "from step"), rows)
 
 
 def _short(digest: str | None) -> str:

@@ -107,10 +107,20 @@ def test_a_damaged_checkpoint_is_a_note_with_the_one_before_it(begun: Run, check
     assert "the run goes on from checkpoint-5, the newest whole one" in said
 
 
+def test_a_changed_recipe_fails_where_checkpoints_would_be_lost(begun: Run, place: Path, check: Check) -> None:
+    said = only(check("train.learning_rate=7")["checkpoints"], "FAIL")
+    assert "train.learning_rate: null → 7.0, since its unfinished run (checkpoint-10) was begun" in said
+    assert "`--allow-change train.learning_rate` goes on with it" in said
+    write_rows(place / "rows.jsonl", [question(i) for i in range(21)])
+    assert "data.datasets.0.contents (rows.jsonl): sha256 " in only(check()["checkpoints"], "FAIL")
+
+
 def test_a_changed_recipe_says_what_changed_and_what_goes(begun: Run, place: Path, check: Check) -> None:
+    shutil.rmtree(begun.checkpoints / "checkpoint-5")
+    (begun.checkpoints / "checkpoint-10" / "manifest.json").unlink()  # nothing whole is lost
     said = only(check("train.seed=7")["checkpoints"], "note")
-    assert "its recipe had `train.seed: 42`" in said
-    assert "it and its 2 checkpoints will be moved to runs/x.previous" in said
+    assert "holds the run of another recipe (train.seed: 42 → 7)" in said
+    assert "it and its 1 checkpoints will be moved to runs/x.previous" in said
     write_rows(place / "rows.jsonl", [question(i) for i in range(21)])
     assert "its data, models or chatalign have changed since" in only(check()["checkpoints"], "note")
 
