@@ -26,10 +26,10 @@ check: setup  ## ruff, types, layering
 	$(BIN)/python -m pytest tests/test_layers.py
 
 test: setup  ## everything that CI runs, two processes of one thread each
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: setup  ## without what takes more than a few seconds
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 faults: setup  ## kill -9 at 100 points of a chain, and every file of a checkpoint damaged
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CHATALIGN_KILLS=100 $(BIN)/python -m pytest tests/faults
