@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,27 @@ def test_a_signal_before_or_after_training_ends_with_a_line_and_nothing_half_wri
     left = {path.name for path in Path(recipe.output_dir).iterdir()}
     assert left <= {"run.json", "recipe.yaml", "checkpoints", METRICS_FILE}
     assert status_of(recipe.stage, module, recipe) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["sft-full", "sft-trl"])
+def test_loader_workers_get_no_signal_that_is_sent_to_the_whole_group(
+    case: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case.endswith("trl") and not find_spec("trl"):
+        pytest.skip("needs trl")
+    groups: set[int] = set()
+    step = Trainer.training_step
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        groups.update(os.getpgid(process.pid or 0) for process in active_children())
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(Trainer, "training_step", watched)
+    over = {"train": {"dataloader_num_workers": 1, "max_steps": 2, "save_strategy": "no"}}
+    run_cases([case], "workers", {case: over})
+    assert groups
+    assert os.getpgrp() not in groups
 
 
 ENDLESS = {"train": {"save_strategy": "no", "max_hours": 1.0}}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow
@@ -22,6 +23,7 @@ from transformers import TrainingArguments
 
 from chatalign.data.collate import pad_to_multiple
 from chatalign.data.packing import best_fit_decreasing
+from chatalign.engine.signals import in_own_group
 
 Row = Mapping[str, Any]
 Batch = dict[str, Any]
@@ -154,6 +156,7 @@ def make_loader(
         collate_fn=CollateItems(collate, multiple),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.device.type == "cuda",
+        worker_init_fn=partial(in_own_group, None),
     )
 
 

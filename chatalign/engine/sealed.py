@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from chatalign.engine.disk import checkpoint_bytes, room_for
 from chatalign.engine.guard import StepGuard
 from chatalign.engine.metrics import Stopwatch
 from chatalign.engine.other_inputs import saved_otherwise, settings_of, take_hold
+from chatalign.engine.signals import in_own_group
 from chatalign.engine.stopping import EvaluationCut, StopWhenAsked
 from chatalign.engine.weights import load_trainable, save_trainable
 from chatalign.errors import NonFiniteError
@@ -116,6 +118,12 @@ class SealedTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
+
+    def _get_dataloader(self, **kwargs: Any) -> Any:  # type: ignore[override]  # TRL's loaders are made here
+        loader = super()._get_dataloader(**kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's, around which it puts its own
+        inner.worker_init_fn = partial(in_own_group, inner.worker_init_fn)
+        return loader
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         try:

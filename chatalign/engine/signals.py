@@ -102,3 +102,13 @@ def passed_on(send: Callable[[int], None]) -> Iterator[list[signal.Signals]]:
 
     with handled(pass_on):
         yield received
+
+
+def in_own_group(prepare: Callable[[int], None] | None, worker: int) -> None:
+    """Take a loader's worker, this process, out of its parent's group, then `prepare` it.
+
+    Launchers and terminals signal a whole group; the parent needs batches until its step is done and saved.
+    """
+    os.setpgrp()
+    if prepare is not None:
+        prepare(worker)
