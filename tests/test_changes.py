@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from chatalign.recipe import PpoRecipe, Recipe, SftRecipe, validate_stage
 from chatalign.recipe.load import apply_overrides
 from chatalign.runs import Run, open_run, status
 from chatalign.unfinished import read_run_file, settle
-
-Begun = Callable[..., SftRecipe]
 
 
 @pytest.fixture
