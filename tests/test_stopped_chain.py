@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_pipeline import STAND_IN, chain, processes  # noqa: F401  # fixtures
+import yaml
+from test_pipeline import STAND_IN, chain, processes, ran  # noqa: F401  # fixtures
 
 import chatalign.pipeline as pipeline_module
+from chatalign import checkpoint
+from chatalign.artifact import Artifact
 from chatalign.errors import Interrupted, StageStopped
+from chatalign.metrics_file import METRICS_FILE
 from chatalign.pipeline import run_pipeline
+from chatalign.recipe import Recipe
+from chatalign.runs import open_run
 
 # Both stages that need sft end as the test says: by a signal that the chain got, or by themselves.
 STOPPED = STAND_IN.replace("import os, sys, time", "import os, signal, sys, time").replace(
@@ -65,6 +74,27 @@ def stopped(processes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: 
     return processes
 
 
+def test_in_one_process_a_stage_whose_time_is_over_leaves_the_others_running(
+    chain: Path,  # noqa: F811
+    ran: list[str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = pipeline_module.run_stage
+
+    def out_of_time(recipe: Recipe) -> Artifact:
+        if recipe.stage == "reward":
+            open_run(recipe)
+            raise StageStopped("`train.max_hours: 1` are over: saved at step 3")
+        return whole(recipe)
+
+    monkeypatch.setattr(pipeline_module, "run_stage", out_of_time)
+    with pytest.raises(StageStopped, match=r"stage reward: .*saved at step 3$"):
+        run_pipeline(chain)
+    assert ran == ["sft", "dpo"]
+    monkeypatch.setattr(pipeline_module, "run_stage", whole)
+    assert [row["status"] for row in run_pipeline(chain)["stages"]] == ["skipped", "resumed", "skipped"]
+
+
 HOW: dict[str, dict[str, Any]] = {"side by side": {"jobs": 2}, "launched": {"accelerate_config": "any.yaml"}}
 
 
@@ -111,3 +141,42 @@ def test_a_stage_that_stops_by_itself_leaves_the_others_running(
     monkeypatch.delenv(variable)
     again = run_pipeline(stopped, **HOW[how])
     assert [row["status"] for row in again["stages"]] == ["skipped", "resumed", "skipped"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_chain_stops_two_processes_of_accelerates(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing stands in here: what accelerate starts is found, signalled and waited for, and saves."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps({'prompt': 'hello', 'completion': 'thank you'})}\n" * 8)
+    recipe = {
+        "stage": "sft",
+        "output_dir": "unused",
+        "model": {"name_or_path": str(tiny_model_folder)},
+        "data": {"datasets": [{"path": str(tmp_path / "rows.jsonl")}], "packing": False},
+        "train": {"max_steps": 100_000, "logging_steps": 1, "save_strategy": "no", "use_cpu": True},
+    }
+    launch = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_processes": 2}
+    launch |= {"main_process_port": 0, "rdzv_backend": "c10d", "gpu_ids": "all"}
+    pipeline = {"pipeline": "p", "output_dir": str(tmp_path / "runs"), "stages": {"sft": {"recipe": "sft.yaml"}}}
+    for name, content in (("sft", recipe), ("launch", launch), ("pipeline", pipeline)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    run = tmp_path / "runs" / "sft"
+
+    def send() -> None:
+        deadline = time.monotonic() + 300
+        while not (run / METRICS_FILE).exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if (run / METRICS_FILE).exists():
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        run_pipeline(tmp_path / "pipeline.yaml", accelerate_config=tmp_path / "launch.yaml")
+    sender.join()
+    (saved,) = checkpoint.list_checkpoints(run / "checkpoints")
+    assert checkpoint.read_manifest(saved)["files"]
+    assert sorted(path.name for path in saved.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]

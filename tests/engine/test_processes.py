@@ -20,8 +20,8 @@ from chatalign.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 _WORDS = ["hello", "world", "Paris", "thank you", "capital"]
-# Runs each recipe in turn; the last one is stopped three times before: by a signal to the last process alone, by two
-# signals at different moments, and in the middle of an evaluation.
+# Runs each recipe in turn; the last one is stopped four times before: by a signal to the last process alone, by two
+# signals at different moments, in the middle of an evaluation, and by the clock of one process.
 _SCRIPT = """
 import os, signal, sys
 from importlib import import_module
@@ -57,6 +57,10 @@ def stopped(path, said, objective=lambda self: None, save=lambda self: None):
         raise SystemExit("not interrupted")
     LmTrainer.objective, LmTrainer._save_checkpoint = right.values()
 
+def spend_time(self):
+    if RANK == 1 and self.state.global_step == 5 and self.model.training:
+        self.stop.began -= 3601
+
 for path in sys.argv[1:-1]:
     run(path)
 last = sys.argv[-1]
@@ -68,6 +72,7 @@ stopped(
     lambda self: RANK == 1 and signal.SIGINT,
 )
 stopped(last, "SIGTERM: saved at step 5", lambda self: RANK == 1 and not self.model.training and signal.SIGTERM)
+stopped(last, "1` are over: saved at step 6", spend_time)
 run(last)
 """
 
@@ -83,7 +88,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_recipe(folder: Path, name: str, rows: Path, model: Path, *, batch_size: int, **sections: Any) -> Path:
+def write_recipe(
+    folder: Path,
+    name: str,
+    rows: Path,
+    model: Path,
+    *,
+    batch_size: int,
+    max_hours: float | None = None,
+    **sections: Any,
+) -> Path:
     stage = name.partition("-")[0]
     recipe = {
         "stage": stage,
@@ -102,6 +116,7 @@ def write_recipe(folder: Path, name: str, rows: Path, model: Path, *, batch_size
             "num_train_epochs": 2,
             "eval_strategy": "epoch",
             "logging_steps": 1,
+            "max_hours": max_hours,
             "use_cpu": True,
         },
         **sections,
@@ -157,7 +172,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, rows: Path, 
         write_recipe(tmp_path, "sft-two", rows, tiny_model_folder, batch_size=2),
         write_recipe(tmp_path, "reward-two", rows, tiny_model_folder, batch_size=2),
         write_recipe(tmp_path, "dpo-two", rows, tiny_model_folder, batch_size=2, **precomputed),
-        write_recipe(tmp_path, "sft-stopped", rows, tiny_model_folder, batch_size=2),
+        write_recipe(tmp_path, "sft-stopped", rows, tiny_model_folder, batch_size=2, max_hours=1),
     ]
     script = tmp_path / "stages.py"
     script.write_text(_SCRIPT, "utf-8")
