@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+UNSORTED = ("chatalign.data.sources", "chatalign.models.adapters")  # modules that sort what has no order of its own
 PLANTED = "sft-lora"
 ROWS = {
     "pretrain": "rows/texts",
@@ -120,13 +123,13 @@ def _rows() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def make_world(folder: Path, *, reverse: bool = False) -> Path:
-    """Fill `folder` with rows, a folder of two files for each kind, and rewards; `reverse` says in which order."""
+def make_world(folder: Path) -> Path:
+    """Fill `folder` with rows, a folder of two files for each kind, and rewards."""
     for kind, rows in _rows().items():
         (folder / "rows" / kind).mkdir(parents=True)
         halves = {"a.jsonl": rows[: len(rows) // 2], "b.jsonl": rows[len(rows) // 2 :]}
-        for name in sorted(halves, reverse=reverse):
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in halves[name])
+        for name, half in halves.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in half)
             (folder / "rows" / kind / name).write_text(text, "utf-8")
     (folder / "rewards.py").write_text(REWARDS, "utf-8")
     return folder
@@ -163,17 +166,46 @@ def run_cases(cases: Iterable[str], output: str, over: Mapping[str, Mapping[str,
 
 
 def run_planted(output: str) -> None:
-    """Run `PLANTED` as it would be if target modules were saved in the order of their hashes."""
-    from chatalign.models import adapters
+    """Run `PLANTED` as it would be if a module took sets and folders as they come."""
+    import datasets
 
-    adapters.sorted = list  # type: ignore[attr-defined]  # a global of the module, before the built-in function
-    run_cases([PLANTED], f"{output}/planted", {})
-    del adapters.sorted  # type: ignore[attr-defined]
+    for name in UNSORTED:
+        module: Any = import_module(name)
+        datasets.config.HF_DATASETS_CACHE = Path(output).absolute() / f"tokens-{name}"  # none were prepared in order
+        module.sorted = list  # a global of the module, before the built-in function
+        run_cases([PLANTED], f"{output}/{name}", {})
+        del module.sorted
 
+
+class Listing:
+    """What ``os.scandir`` gives, by name or from the end; else a folder's order is the file system's affair."""
+
+    def __init__(self, *path: Any, backwards: bool) -> None:
+        with _scandir(*path) as entries:
+            self.entries = iter(sorted(entries, key=lambda entry: entry.name, reverse=backwards))
+
+    def __iter__(self) -> Iterator[os.DirEntry[str]]:
+        return self.entries
+
+    def __next__(self) -> os.DirEntry[str]:
+        return next(self.entries)
+
+    def __enter__(self) -> Listing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+_scandir = os.scandir
 
 if __name__ == "__main__":
     plan = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     os.chdir(plan["world"])
+    os.scandir = partial(Listing, backwards=plan["backwards"])  # type: ignore[assignment]
     run_cases(plan["cases"], plan["output"], plan["over"])
     if plan["planted"]:
         run_planted(plan["output"])
