@@ -145,5 +145,6 @@ def _content(path: str) -> str:
     if place.is_file():
         return sha256_file(place)
     if place.is_dir():
-        return fingerprint({p.name: sha256_file(p) for p in sorted(place.rglob("*")) if p.is_file()})
+        files = {p.relative_to(place).as_posix(): sha256_file(p) for p in place.rglob("*") if p.is_file()}
+        return fingerprint(files)
     return path

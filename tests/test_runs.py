@@ -74,6 +74,19 @@ def test_fingerprint_follows_recipe_data_and_model(recipe: SftRecipe, tmp_path: 
     assert recipe_fingerprint(recipe) != after_data
 
 
+def test_fingerprint_follows_every_file_of_a_folder_of_rows(recipe: SftRecipe, tmp_path: Path) -> None:
+    """Files of one name in two folders, too: the one once hid the other."""
+    for split in ("old", "new"):
+        (tmp_path / "rows" / split).mkdir(parents=True)
+        (tmp_path / "rows" / split / "part.jsonl").write_text(f'{{"text": "{split}"}}\n')
+    folder = changed(recipe, data={"datasets": [{"path": str(tmp_path / "rows")}]})
+    marks = [recipe_fingerprint(folder)]
+    for split in ("old", "new"):
+        (tmp_path / "rows" / split / "part.jsonl").write_text('{"text": "changed"}\n')
+        marks.append(recipe_fingerprint(folder))
+    assert len(set(marks)) == 3
+
+
 def test_fingerprint_follows_template_and_tokenizer(recipe: SftRecipe, tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text("a")
