@@ -115,8 +115,8 @@ def _rows_a_step(changes: Sequence[Change], before: Settings, now: Settings) -> 
         ratio *= change.now / change.before
     if ratio == 1:
         return {}
-    shares = "rows of a batch × accumulation × processes"
-    return dict.fromkeys(changed, f"a step would have {ratio:g} times the rows ({shares}), and the order is lost")
+    shares = "`per_device_train_batch_size` × `gradient_accumulation_steps` × processes"
+    return dict.fromkeys(changed, f"a step would have {ratio:g} times the rows; keep {shares} as it was")
 
 
 def _by_trl(settings: Mapping[str, Any]) -> bool:

@@ -99,8 +99,7 @@ def execute(
     allow = allowed_keys(allow_change, force=force)
     with phase("check"):
         recipe = load_recipe(path, parse_overrides(overrides), stage=stage)
-        from chatalign.runs import finished, is_main_process, locked, world_size  # not needed to refuse a recipe
-        from chatalign.unfinished import settle
+        from chatalign.runs import finished, locked  # not needed to refuse a recipe
 
         refuse_launch(recipe)
         quiet_libraries()
@@ -111,8 +110,7 @@ def execute(
         refuse_problems(recipe)
     with locked(recipe.output_dir):
         with phase("check"):
-            if is_main_process() and (line := settle(recipe, processes=world_size(), force=force, allow=allow)):
-                say(line)
+            make_way(recipe, force=force, allow=allow)
         artifact = run(recipe)
         say(f"{recipe.output_dir}: finished in {artifact.wall_s:.0f} s (run {artifact.run_id})")
         hand_out(recipe)
@@ -123,6 +121,18 @@ def execute(
         from chatalign.report import print_evaluation
 
         print_evaluation(recipe.output_dir, Console())
+
+
+def make_way(recipe: Recipe, *, force: bool, allow: Sequence[str]) -> None:
+    """Refuse an unfinished run of other inputs, or have it go on or moved aside as asked; every process calls it."""
+    from chatalign.runs import is_main_process, world_size
+    from chatalign.unfinished import judged, settle
+
+    if is_main_process():
+        if line := settle(recipe, processes=world_size(), force=force, allow=allow):
+            say(line)
+    elif not force:  # so that all end where one does: a launcher waits half a minute for the others
+        judged(recipe, processes=world_size(), allow=allow)
 
 
 def around(seconds: Mapping[str, float]) -> str:

@@ -26,6 +26,7 @@ from chatalign.engine.signals import in_own_group
 from chatalign.engine.stopping import EvaluationCut, StopWhenAsked
 from chatalign.engine.weights import load_trainable, save_trainable
 from chatalign.errors import NonFiniteError
+from chatalign.models.resolve import base_sha256
 from chatalign.recipe import StageRecipe
 from chatalign.runs import Run
 
@@ -151,6 +152,8 @@ class SealedTrainer(Trainer):
         saved = self.run.checkpoints / checkpoint.SAVING / f"checkpoint-{self.state.global_step}"
         extra = {"tokens": tokens, "stage": self.stage_state(), "evaluation_owed": self.stop.evaluation_owed}
         made_from = self.run.made_from(self.recipe) | {"world_size": self.args.world_size}
+        if (base := made_from["base_model"]) and base["sha256"] is None:  # the Hub's cache names files by their hash
+            base["sha256"] = base_sha256(base["name_or_path"], base["revision"] or "main")
         checkpoint.publish(saved, self.run.run_id, extra, made_from)
         if (keep := self.recipe.train.save_total_limit) is not None:
             checkpoint.prune(self.run.checkpoints, keep=keep, run_id=self.run.run_id)
