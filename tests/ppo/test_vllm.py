@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_ranks
 from rollout import fake_vllm_module
 from rollout.fake_vllm import FakeServer, serving
 from tiny import make_llama
@@ -25,7 +26,6 @@ from chatalign.recipe.load import merge
 from .conftest import LORA, Make
 from .test_resume import go_on_from
 from .test_run import logged, weights
-from .test_two_processes import launch
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +202,10 @@ def test_check_asks_for_vllm_where_it_is_colocated(make_recipe: Make) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_server(make_served: Make, server: FakeServer) -> None:
+def test_two_processes_share_a_server(make_served: Make, server: FakeServer, tmp_path: Path) -> None:
     one, two = make_served("one"), make_served("two")
     ppo.run(one)
-    launch(two, 2)
+    run_ranks(2, ppo.run, two, printed=tmp_path / "printed.txt")
     assert len(set(server.loaded)) == 4, "one adapter a rollout, however many processes"
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-5)
