@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
-STATUS_FILE = "CHATALIGN_STATUS_FILE"  # in the environment: a file for the status of a run that was stopped
 
 RunFunction = Callable[[Any], "Artifact"]
 
@@ -220,7 +219,7 @@ def guarded(work: Callable[[], None], *, show_traceback: bool = False) -> int:
 
             traceback.print_exc()
         print(f"chatalign: {error}", file=sys.stderr)
-        return _interrupted() if isinstance(error, Interrupted) else EXIT_REFUSED
+        return EXIT_INTERRUPTED if isinstance(error, Interrupted) else EXIT_REFUSED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -233,15 +232,6 @@ def guarded(work: Callable[[], None], *, show_traceback: bool = False) -> int:
         print(f"chatalign: {error or 'SIGINT'}: interrupted; {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
-
-
-def _interrupted() -> int:
-    """The status after a save. A launcher makes 1 of it, so that it is also written where the environment asks."""
-    from chatalign.runs import is_main_process
-
-    if (place := os.environ.get(STATUS_FILE)) and is_main_process():
-        Path(place).write_text(f"{EXIT_INTERRUPTED}\n", "utf-8")
-    return EXIT_INTERRUPTED
 
 
 def say(line: str) -> None:

@@ -20,11 +20,10 @@ import yaml
 
 from chatalign.artifact import ARTIFACT_FILE, Artifact
 from chatalign.beside import Beside
-from chatalign.engine.signals import passed_on
+from chatalign.engine.signals import STATUS_FILE, passed_on
 from chatalign.errors import ChatalignError, Interrupted, StageStopped
 from chatalign.inputs import recipe_fingerprint
 from chatalign.launch import (
-    STATUS_FILE,
     allowed_keys,
     around,
     catch_up,

@@ -27,10 +27,18 @@ from chatalign import checkpoint, sft
 from chatalign.data.rows import BadRow
 from chatalign.engine import signals
 from chatalign.engine.ppo_collect import Collector
-from chatalign.engine.signals import STOP_SIGNALS, StopRequest, breaking_off, handled, passed_on
+from chatalign.engine.signals import (
+    STATUS_FILE,
+    STOP_SIGNALS,
+    StopRequest,
+    breaking_off,
+    handled,
+    note_saved,
+    passed_on,
+)
 from chatalign.engine.stopping import StopWhenAsked
 from chatalign.errors import ChatalignError, DependencyError, HubError, Interrupted, StageStopped
-from chatalign.launch import EXIT_INTERRUPTED, STATUS_FILE, guarded, stage_main
+from chatalign.launch import EXIT_INTERRUPTED, stage_main
 from chatalign.metrics_file import METRICS_FILE, read_metrics
 from chatalign.side_by_side import Progress
 
@@ -132,24 +140,14 @@ def test_who_waits_for_others_passes_every_signal_on() -> None:
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_the_status_of_a_saved_run_is_written_past_a_launcher(
+def test_the_main_process_writes_the_status_of_a_saved_run(
     rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "status"
-    monkeypatch.setenv(STATUS_FILE, str(place))
     monkeypatch.setenv("RANK", rank)
-
-    def stops(error: BaseException) -> Callable[[], None]:
-        def work() -> None:
-            raise error
-
-        return work
-
-    assert guarded(stops(KeyboardInterrupt("SIGTERM"))) == EXIT_INTERRUPTED  # nothing was saved
-    assert guarded(stops(ChatalignError("wrong"))) == 2
-    assert not place.exists()
-    assert guarded(stops(StageStopped("saved"))) == EXIT_INTERRUPTED
-    assert place.exists() == (rank == "0")
+    note_saved()  # where nobody asks, nothing is written
+    monkeypatch.setenv(STATUS_FILE, str(tmp_path / "status"))
+    note_saved()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["130\n"] * (rank == "0")
 
 
 # A chain's words for it
@@ -238,9 +236,11 @@ def test_a_signal_before_or_after_training_ends_with_a_line_and_nothing_half_wri
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, signalled)
+        patch.setenv(STATUS_FILE, str(here / "status"))
         assert status_of(recipe.stage, module, recipe) == EXIT_INTERRUPTED
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line == f"chatalign: {number.name}: interrupted; the same command goes on from the last checkpoint"
+    assert not (here / "status").exists()  # nothing was saved
     left = {path.name for path in Path(recipe.output_dir).iterdir()}
     assert left <= {"run.json", "recipe.yaml", "checkpoints", METRICS_FILE}
     assert status_of(recipe.stage, module, recipe) == 0
@@ -355,9 +355,12 @@ def test_every_stage_goes_on_bit_for_bit_the_same(
     expected, folder = whole(case), here / f"{cause}-{where}" / case
     with monkeypatch.context() as patch:
         stop_at(where, cause, patch)
+        patch.setenv(STATUS_FILE, str(here / "status"))
         with pytest.raises(Interrupted, match=rf"{cause}.*: saved at step {step} of 4 ") as stopped:
             run_cases([case], f"{cause}-{where}", {case: ENDLESS})
     assert isinstance(stopped.value, StageStopped) == (cause == "max_hours")
+    assert int((here / "status").read_text()) == EXIT_INTERRUPTED
+    (here / "status").unlink()
     assert [path.name for path in checkpoint.list_checkpoints(folder / "checkpoints")] == [f"checkpoint-{step}"]
     assert not (folder / "artifact.json").exists()
     run_cases([case], f"{cause}-{where}", {case: ENDLESS})

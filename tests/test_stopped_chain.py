@@ -28,6 +28,7 @@ STOPPED = STAND_IN.replace("import os, sys, time", "import os, signal, sys, time
     "if recipe.stage == os.environ.get",
     """
 from chatalign.errors import StageStopped
+from chatalign.engine.signals import note_saved
 from chatalign.launch import guarded
 sent = os.environ.get("SENT")
 if sent and recipe.stage != "sft":
@@ -37,6 +38,7 @@ if sent and recipe.stage != "sft":
     (place / "saved").touch()
     sys.exit(130)
 def stop():
+    note_saved()
     raise StageStopped("saved at step 3")
 if recipe.stage == os.environ.get("STOPS"):
     sys.exit(guarded(stop))

@@ -22,7 +22,7 @@ from chatalign.engine.disk import checkpoint_bytes, room_for
 from chatalign.engine.guard import StepGuard
 from chatalign.engine.metrics import Stopwatch
 from chatalign.engine.other_inputs import saved_otherwise, settings_of, take_hold
-from chatalign.engine.signals import in_own_group
+from chatalign.engine.signals import in_own_group, note_saved
 from chatalign.engine.stopping import EvaluationCut, StopWhenAsked
 from chatalign.engine.weights import load_trainable, save_trainable
 from chatalign.errors import NonFiniteError
@@ -80,6 +80,8 @@ class SealedTrainer(Trainer):
         with self.stop.request:
             output = super().train(resume_from_checkpoint)
             self._stop_late()
+            if self.stopping:
+                note_saved()
         self.stopwatch.stop()
         if self.stopping:
             raise self.stop.error

@@ -12,17 +12,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from chatalign.runs import is_main_process
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # A launcher passes on what its processes got by themselves too, sent to a whole group: that is no second request.
 _SAME_REQUEST_S = 2.0
+STATUS_FILE = "CHATALIGN_STATUS_FILE"  # in the environment
 Handler = Callable[[int, FrameType | None], None]
 
 
 @contextmanager
-def handled(handler: Handler, numbers: tuple[signal.Signals, ...] = STOP_SIGNALS) -> Iterator[None]:
+def handled(handler: Handler) -> Iterator[None]:
     """`handler` for signals inside; nothing outside the main thread, where signals don't arrive.
 
     A SIGHUP that is ignored stays so (nohup). A process that is forked inside leaves signals that its group gets to
@@ -39,7 +43,7 @@ def handled(handler: Handler, numbers: tuple[signal.Signals, ...] = STOP_SIGNALS
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        before = {number: signal.signal(number, handle) for number in numbers if number not in kept}
+        before = {number: signal.signal(number, handle) for number in STOP_SIGNALS if number not in kept}
     try:
         yield
     finally:
@@ -102,6 +106,15 @@ def passed_on(send: Callable[[int], None]) -> Iterator[list[signal.Signals]]:
 
     with handled(pass_on):
         yield received
+
+
+def note_saved() -> None:
+    """Write 130, what a run that was stopped ends with, where the environment asks: launchers make 1 of any status.
+
+    To be called while signals are remembered: a launcher ends the others by one as soon as the first has ended.
+    """
+    if (place := os.environ.get(STATUS_FILE)) and is_main_process():
+        Path(place).write_text("130\n", "utf-8")
 
 
 def in_own_group(prepare: Callable[[int], None] | None, worker: int) -> None:

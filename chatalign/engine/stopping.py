@@ -31,14 +31,14 @@ class StopWhenAsked(TrainerCallback):
     """Saves and stops at the end of the step in which a signal came to any process, or the time was spent.
 
     Processes agree at every step, and at every batch of an evaluation, which is then cut short; a run that goes on
-    makes it up first. They add a number over gloo, on the CPU: no device is waited for.
+    makes it up first. They compare a number over gloo, on the CPU: no device is waited for.
     """
 
     def __init__(self, trainer: SealedTrainer) -> None:
         self.trainer = trainer
         self.request = StopRequest(_notice)
         self.began = time.perf_counter()
-        self.cause: str | None = None  # known to all processes once they stop
+        self.agreed = _GO_ON  # why to stop, as all processes know it
         self.evaluation_owed = False  # was due at the step at which the run stopped
         self._group: Any = None
         if trainer.args.world_size > 1 and dist.get_backend() != "gloo":
@@ -46,17 +46,13 @@ class StopWhenAsked(TrainerCallback):
 
     def asked(self) -> bool:
         """Whether any process is to stop; every process must ask."""
-        found = self._own()
+        self.agreed = self._own()
         if self.trainer.args.world_size > 1:
             # 0.3 ms, two processes on two busy cores.
-            most = torch.tensor(found)
+            most = torch.tensor(self.agreed)
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._group)
-            found = int(most)
-        if found >= _SIGNAL:
-            self.cause = signal.Signals(found - _SIGNAL).name
-        elif found == _OUT_OF_TIME:
-            self.cause = f"`train.max_hours: {self.trainer.recipe.train.max_hours:g}` are over"
-        return found != _GO_ON
+            self.agreed = int(most)
+        return self.agreed != _GO_ON
 
     def _own(self) -> int:
         if self.request.received is not None:
@@ -69,11 +65,13 @@ class StopWhenAsked(TrainerCallback):
     def error(self) -> Interrupted:
         """What a run that was stopped ends with."""
         state, run = self.trainer.state, self.trainer.run
-        message = (
-            f"{self.cause}: saved at step {state.global_step} of {state.max_steps} in {run.checkpoints}; "
+        saved = (
+            f"saved at step {state.global_step} of {state.max_steps} in {run.checkpoints}; "
             "the same command goes on from there"
         )
-        return StageStopped(message) if "max_hours" in (self.cause or "") else Interrupted(message)
+        if self.agreed >= _SIGNAL:
+            return Interrupted(f"{signal.Signals(self.agreed - _SIGNAL).name}: {saved}")
+        return StageStopped(f"`train.max_hours: {self.trainer.recipe.train.max_hours:g}` are over: {saved}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Runs after transformers' own flow callback, which decides whether this step is evaluated."""
