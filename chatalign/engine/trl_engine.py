@@ -90,7 +90,7 @@ def kto_trainer(work: Work, reference: Reference) -> SealedTrainer:
         "undesirable_weight": recipe.kto.undesirable_weight,
         "train_sampling_strategy": "sequential",  # else a batch's replies would not be those that were moved on
     }
-    shuffled = replace(work.rows, train=work.rows.train.shuffle(seed=recipe.train.seed))
+    shuffled = replace(work.rows, train=work.rows.train.shuffle(seed=recipe.train.seed, keep_in_memory=True))
     work = replace(work, rows=shuffled)
     return _build(TokenizedKTOTrainer, KTOConfig, work, settings, _as_they_are, ref_model=reference.module)
 
@@ -118,6 +118,18 @@ def _settings(work: Work) -> dict[str, Any]:
     }
 
 
+class _CountingOn(SealedTrainer):
+    """Keeps the count of ``num_tokens`` in its checkpoints; TRL begins at zero again in each process."""
+
+    _total_train_tokens: int  # TRL's
+
+    def stage_state(self) -> dict[str, Any]:
+        return {"num_tokens": self._total_train_tokens}
+
+    def load_stage_state(self, state: Mapping[str, Any]) -> None:
+        self._total_train_tokens = int(state.get("num_tokens", 0))
+
+
 def _build(
     trainer_class: Any,
     config_class: Any,
@@ -128,7 +140,7 @@ def _build(
 ) -> SealedTrainer:
     """TRL's trainer under our checkpoints; raises RecipeError with TRL's reason where it refuses the recipe."""
     shared = {"recipe": work.recipe, "run": work.run, "saved_use_cache": getattr(work.model.config, "use_cache", None)}
-    sealed: Any = type(f"Sealed{trainer_class.__name__}", (SealedTrainer, trainer_class), shared)
+    sealed: Any = type(f"Sealed{trainer_class.__name__}", (_CountingOn, trainer_class), shared)
     try:
         trainer: SealedTrainer = sealed(
             model=work.model,

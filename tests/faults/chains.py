@@ -58,12 +58,29 @@ SHIPPED = {
     ),
 }
 
+WHOLE = {name: value for name, value in TRAIN.items() if name != "lora"}
+# The other stages, and TRL's trainer and loaders in the place of ours.
+OTHERS = {
+    "pretrain": stage(
+        "recipes/pocket/base.yaml",
+        WHOLE | {"pretrained": None, "pretrained_sha256": None, "from_scratch": True, "data.datasets.0.path": ""},
+    ),
+    "kto": stage("recipes/kto.yaml", TRAIN | {"data.datasets.0.path": "data/pocket/feedback.jsonl"}, model=BASE),
+    "trl": stage("recipes/pocket/sft.yaml", TRAIN | {"engine": "trl"}, model=BASE),
+    "eval": stage(
+        "recipes/pocket/eval.yaml",
+        {"eval.baseline": "trl", "eval.prompts.max_rows": 8, "eval.max_new_tokens": 8, "eval.pairs": None},
+        models=["kto", "trl"],
+    ),
+}
+
 
 class Chain:
     """A pipeline's recipe and all that its runs leave, in one folder."""
 
     def __init__(self, folder: Path, stages: Mapping[str, Any]) -> None:
         self.folder, self.stages, self.runs = folder, stages, folder / "runs"
+        self.points: list[Point] = []  # what the starts that were not to be killed did
         folder.mkdir(parents=True)
         raw = {"pipeline": "short", "output_dir": str(self.runs), "stages": dict(stages)}
         (folder / "chain.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
@@ -80,18 +97,15 @@ class Chain:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         environment = {"HF_DATASETS_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
-        points = None if kill else str(self.folder / "points.json")
-        arguments = (str(self.folder / "chain.yaml"), only, environment, kill, points)
+        points = self.folder.with_name(f"{self.folder.name}.points")
+        arguments = (str(self.folder / "chain.yaml"), only, environment, kill, None if kill else str(points))
         process = context.Process(target=killed_chain.run, args=arguments)
         process.start()
         process.join(timeout=300)
         assert process.exitcode is not None, "the chain hangs"
+        if process.exitcode == 0:
+            self.points += [Point(**point) for point in json.loads(points.read_text())]
         return process.exitcode
-
-    @property
-    def points(self) -> list[Point]:
-        """What the last whole run did, point by point."""
-        return [Point(**point) for point in json.loads((self.folder / "points.json").read_text())]
 
     def logged(self, stage: str) -> list[tuple[int, float]]:
         """Step and loss of each line that a stage logged."""

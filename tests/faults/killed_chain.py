@@ -7,6 +7,7 @@ and at each optimizer step. Up to the next point only the file that was opened l
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -24,7 +25,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).resolve().parents[2]  # shipped recipes name their rows from there
 # What a forkserver imports once: a start costs more than what is trained here. (It looks for nothing beside the tests.)
-PRELOADED = ["chatalign.pipeline", "chatalign.sft", "chatalign.reward", "chatalign.dpo", "chatalign.ppo"]
+PRELOADED = [
+    *("chatalign.pipeline", "chatalign.sft", "chatalign.reward", "chatalign.dpo", "chatalign.ppo", "chatalign.report"),
+    *("transformers.models.llama.modeling_llama", "peft.tuners.lora", "matplotlib.figure", "matplotlib.projections"),
+    *("matplotlib.backends.backend_agg", "PIL.PngImagePlugin"),
+]
 _MOVES = {"os.rename": "rename", "os.remove": "remove", "os.rmdir": "rmdir", "os.mkdir": "mkdir", "os.link": "link"}
 
 
@@ -166,6 +171,7 @@ def run(
 
     from chatalign.pipeline import run_pipeline
 
+    gc.freeze()  # what the server imported is no garbage: looking through it takes longer than a stage here
     os.environ.update(environment)
     os.chdir(ROOT)
     datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])
