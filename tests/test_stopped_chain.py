@@ -17,11 +17,13 @@ from test_pipeline import STAND_IN, chain, processes, ran  # noqa: F401  # fixtu
 import chatalign.pipeline as pipeline_module
 from chatalign import checkpoint
 from chatalign.artifact import Artifact
-from chatalign.errors import Interrupted, StageStopped
+from chatalign.data.rows import BadRow
+from chatalign.errors import ChatalignError, DependencyError, HubError, Interrupted, StageStopped
 from chatalign.metrics_file import METRICS_FILE
 from chatalign.pipeline import run_pipeline
 from chatalign.recipe import Recipe
 from chatalign.runs import open_run
+from chatalign.side_by_side import Progress
 
 # Both stages that need sft end as the test says: by a signal that the chain got, or by themselves.
 STOPPED = STAND_IN.replace("import os, sys, time", "import os, signal, sys, time").replace(
@@ -74,6 +76,30 @@ def stopped(processes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: 
     monkeypatch.setenv("CHAIN", str(os.getpid()))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     return processes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BadRow("chosen", "is empty", "fill it"), DependencyError("no trl"), HubError("down"), Interrupted("saved")],
+)
+def test_an_error_of_any_kind_is_raised_with_the_name_of_its_stage(error: ChatalignError) -> None:
+    progress = Progress({"sft": None, "dpo": None, "ppo": None}, {"sft": set(), "dpo": set(), "ppo": {"sft"}})  # type: ignore[dict-item]
+    progress.failed("sft", error)
+    assert progress.blocked("ppo")
+    progress.statuses["dpo"] = "ran"
+    with pytest.raises(type(error)) as raised:
+        progress.raise_failure()
+    assert str(raised.value) == f"stage sft: {error}; left out: ppo"
+    assert vars(raised.value) == vars(error)
+
+
+def test_a_failure_outweighs_a_stop() -> None:
+    progress = Progress({"sft": None, "dpo": None}, {"sft": set(), "dpo": set()})  # type: ignore[dict-item]
+    progress.failed("sft", StageStopped("saved"))
+    progress.failed("dpo", ChatalignError("wrong"))
+    assert progress.statuses == {"sft": "interrupted", "dpo": "failed"}
+    with pytest.raises(ChatalignError, match=r"^stage dpo: wrong \(sft interrupted too\)$"):
+        progress.raise_failure()
 
 
 def test_in_one_process_a_stage_whose_time_is_over_leaves_the_others_running(
