@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from chatalign import launch, sft
-from chatalign.artifact import load_artifact
+from chatalign.artifact import load_artifact, sha256_weights
 from chatalign.checkpoint import read_manifest
 from chatalign.engine.lm_trainer import LmTrainer
 from chatalign.metrics_file import METRICS_FILE, read_metrics
@@ -126,3 +128,32 @@ def test_other_rows_go_on_where_the_order_holds(here: Path, capsys: pytest.Captu
     (here / "rows.jsonl").write_text("".join(rows), "utf-8")
     assert command("sft.yaml") == 0  # nothing was changed in the run by that
     assert "changes" not in load_artifact("run").extra
+
+
+def test_an_adapter_goes_on_with_another_scale_on_another_base(
+    here: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are the checkpoint's: without a step to go they are those that were saved there."""
+    shutil.copytree(tiny_model_folder, here / "base")
+    recipe = yaml.safe_load((here / "sft.yaml").read_text("utf-8"))
+    (here / "sft.yaml").write_text(yaml.safe_dump(recipe | {"model": {"name_or_path": "base"}}), "utf-8")
+    weights = load_file(here / "base" / "model.safetensors")
+    weights["model.norm.weight"] = 2 * weights["model.norm.weight"]
+    save_file(weights, here / "base" / "model.safetensors", metadata={"format": "pt"})
+    words = ("sft.yaml", "lora.lora_alpha=64", "train.max_steps=2")
+    assert command(*words, "--allow-change", "model.name_or_path,lora,train") == 2  # the weights are others, too
+    assert command(*words, "--allow-change", "model,lora,train") == 0
+    artifact = load_artifact("run")
+    assert {change["key"] for change in artifact.extra["changes"]} == {
+        "model.name_or_path",
+        "model.weights",
+        "lora.lora_alpha",
+        "train.max_steps",
+    }
+    assert artifact.base_model is not None
+    assert artifact.base_model.sha256 == sha256_weights(here / "base")
+    assert json.loads((here / "run" / "model" / "adapter_config.json").read_text("utf-8"))["lora_alpha"] == 64
+    saved = load_file(here / "run" / "checkpoints" / "checkpoint-2" / "trainable.safetensors")
+    adapter = load_file(here / "run" / "model" / "adapter_model.safetensors")
+    assert len(saved) == len(adapter) > 0
+    assert all(torch.equal(adapter[name.replace(".default", "")], values) for name, values in saved.items())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from chatalign.checkpoint import read_manifest
 from chatalign.engine.lm_trainer import LmTrainer
+from chatalign.engine.other_inputs import saved_otherwise
 from chatalign.engine.stage import train
 from chatalign.errors import CheckpointError, OtherRunError
 from chatalign.runs import Run
@@ -157,3 +160,44 @@ def test_without_a_change_it_ends_as_if_never_stopped(begun: tuple[Path, LmTrain
     train(plain, plain.run)
     _, whole = begun
     assert all(torch.equal(weights(whole)[name], values) for name, values in weights(plain).items())
+
+
+def test_a_step_of_the_same_rows_goes_on_however_it_is_cut(begun: tuple[Path, LmTrainer], tmp_path: Path) -> None:
+    """Two rows at once, then one after the other: what two processes are to one that accumulates."""
+    changed = go_on(begun[0], tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    train(changed, changed.run)
+    _, whole = begun
+    for name, values in weights(whole).items():
+        torch.testing.assert_close(weights(changed)[name], values, atol=1e-6, rtol=1e-5)
+
+
+def test_another_number_of_processes_is_refused_but_where_it_is_allowed(
+    begun: tuple[Path, LmTrainer], tmp_path: Path
+) -> None:
+    changed = go_on(begun[0], tmp_path)
+    path = tmp_path / "checkpoints" / "checkpoint-2" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"world_size": 2}), "utf-8")
+    with pytest.raises(CheckpointError, match=r"was saved by 2 processes, and 1 would go on; .* `--allow-change proc"):
+        train(changed, changed.run)
+    run = replace(changed.run, allowed_processes=1)
+    assert saved_otherwise("x", read_manifest(path.parent), run, 1)
+
+
+def test_an_older_checkpoint_is_held_to_what_it_says(begun: tuple[Path, LmTrainer], tmp_path: Path) -> None:
+    changed = go_on(begun[0], tmp_path)
+    path = tmp_path / "checkpoints" / "checkpoint-2" / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    new = {
+        name: manifest.pop(name) for name in ("fingerprint", "world_size", "recipe", "data", "base_model", "parents")
+    }
+    manifest["extra"] |= {name: new[name] for name in ("fingerprint", "world_size")}
+    path.write_text(json.dumps(manifest), "utf-8")
+    read = read_manifest(path.parent)
+    assert (read["fingerprint"], read["world_size"]) == ("f", 1)
+    assert saved_otherwise("x", read, changed.run, 1)
+    for name in ("fingerprint", "world_size"):
+        del manifest["extra"][name]
+    path.write_text(json.dumps(manifest), "utf-8")
+    read = read_manifest(path.parent)
+    assert saved_otherwise("x", read, changed.run, 3)  # a run that was changed: its settings are put back
+    assert not saved_otherwise("x", read, replace(changed.run, earlier=frozenset()), 3)
