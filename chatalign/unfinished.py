@@ -134,9 +134,12 @@ def settle(recipe: Recipe, *, force: bool = False, made_here: Collection[str] = 
     if force or _came_down_the_chain(recipe, found, made_here):
         keys = ", ".join(change.key for change in found.changes)
         return f"{folder}: moved to {move_aside(folder)}, since it was begun otherwise ({keys})"
-    allowed: dict[str, Any] = {"fingerprint": inputs_fingerprint(found.inputs), "inputs": found.inputs}
-    allowed["changes"] = [change.as_json() for change in found.changes]
-    write_json(folder / RUN_FILE, read_run_file(folder) | {"allowed": allowed})
+    begun, mark = read_run_file(folder), inputs_fingerprint(found.inputs)
+    waiting = begun.get("allowed", {"fingerprint": None})
+    already = waiting["changes"] if waiting["fingerprint"] == mark else []
+    changes = [*already, *(change.as_json() for change in found.changes)]
+    allowed = {"fingerprint": mark, "inputs": found.inputs, "changes": changes}
+    write_json(folder / RUN_FILE, begun | {"allowed": allowed})
     return f"{folder}: goes on from {found.checkpoint.name} with {', '.join(map(str, found.changes))}"
 
 

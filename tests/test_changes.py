@@ -185,6 +185,21 @@ def test_an_allowed_change_goes_on_with_the_run(recipe: SftRecipe, named: str) -
     assert back.earlier == {run.fingerprint}
 
 
+def test_a_second_change_joins_the_one_that_waits(recipe: SftRecipe) -> None:
+    raw = recipe.model_dump(mode="json") | {"stage": "ppo", "ppo": {"rewards": [{"function": "reward.py:f"}]}}
+    raw.pop("engine")
+    ppo = PpoRecipe.model_validate(raw)
+    begin(ppo, world_size=2)
+    second = over(ppo, train__learning_rate=1e-5)
+    settle(second, processes=None, allow=["train.learning_rate"])  # before a launch of unknown size
+    settle(second, processes=1, allow=["processes"])
+    run = open_run(second)
+    assert run.allowed_processes == 1
+    run.take_allowed(second, step=20)
+    changes = read_run_file(run.folder)["changes"]
+    assert [(change["key"], change["now"]) for change in changes] == [("train.learning_rate", 1e-5), ("processes", 1)]
+
+
 def test_a_change_that_was_not_taken_up_is_forgotten(recipe: SftRecipe) -> None:
     begin(recipe)
     second = over(recipe, train__learning_rate=1e-5)
