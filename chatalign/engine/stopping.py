@@ -48,7 +48,7 @@ class StopWhenAsked(TrainerCallback):
         """Whether any process is to stop; every process must ask."""
         self.agreed = self._own()
         if self.trainer.args.world_size > 1:
-            # 0.3 ms, two processes on two busy cores.
+            # 0.2 to 0.3 ms, two processes on two busy cores.
             most = torch.tensor(self.agreed)
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._group)
             self.agreed = int(most)

@@ -25,6 +25,8 @@ _WORDS = ["hello", "world", "Paris", "thank you", "capital"]
 _SCRIPT = """
 import os, signal, sys
 from importlib import import_module
+import torch.distributed
+from chatalign.engine import stopping
 from chatalign.engine.lm_trainer import LmTrainer
 from chatalign.errors import Interrupted
 from chatalign.recipe import load_recipe
@@ -63,6 +65,13 @@ def spend_time(self):
 
 for path in sys.argv[1:-1]:
     run(path)
+class BesideNccl:
+    def __getattr__(self, name):
+        return getattr(torch.distributed, name)
+    def get_backend(self):
+        return "nccl"
+
+stopping.dist = BesideNccl()  # then processes agree in a group of their own
 last = sys.argv[-1]
 stopped(last, "SIGUSR1: saved at step 3", lambda self: RANK == 1 and self.state.global_step == 2 and signal.SIGUSR1)
 stopped(
