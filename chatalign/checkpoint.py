@@ -15,7 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chatalign.artifact import hash_files, sync, sync_files, verify_files, versions, write_json, write_whole
+from chatalign.artifact import (
+    fingerprint,
+    hash_files,
+    sync,
+    sync_files,
+    verify_files,
+    versions,
+    write_json,
+    write_whole,
+)
 from chatalign.errors import CheckpointError, OtherRunError
 
 MANIFEST = "manifest.json"
@@ -74,7 +83,7 @@ def write_manifest(
     extra: Mapping[str, Any] | None = None,
     made_from: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Seal a checkpoint: sync its files to disk, then write their hashes, whole or not at all.
+    """Seal a checkpoint: sync its files to disk, then write their hashes and the manifest's own, whole or not at all.
 
     `extra` is whatever a resume must find again; `made_from` names what the run depends on: ``fingerprint``,
     ``recipe``, ``data``, ``base_model``, ``parents``, ``world_size``.
@@ -85,7 +94,12 @@ def write_manifest(
     sync_files(checkpoint, files)
     content = {"run_id": run_id, **(made_from or {}), "versions": versions(), "extra": dict(extra or {})}
     content["files"] = files
-    return write_json(checkpoint / MANIFEST, content)
+    return write_json(checkpoint / MANIFEST, content | {"sha256": _own_sha256(content)})
+
+
+def _own_sha256(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says beside it, as it is read again."""
+    return fingerprint(json.loads(json.dumps({name: said for name, said in manifest.items() if name != "sha256"})))
 
 
 def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
@@ -121,6 +135,9 @@ def verify(checkpoint: str | Path, run_id: str) -> dict[str, Any]:
             f"{checkpoint}: belongs to run {manifest['run_id']}, not to this one ({run_id}); "
             f"take it out of the folder, or give another `output_dir`"
         )
+    written = json.loads((Path(checkpoint) / MANIFEST).read_text("utf-8"))
+    if written.get("sha256", _own_sha256(written)) != _own_sha256(written):  # an older chatalign wrote none
+        raise CheckpointError(f"{Path(checkpoint) / MANIFEST}: altered since it was written; {_PASSED_OVER}")
     if problems := verify_files(checkpoint, manifest["files"]):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(f"{problems[0]}{more}; {_PASSED_OVER}")

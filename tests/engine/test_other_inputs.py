@@ -176,7 +176,9 @@ def test_another_number_of_processes_is_refused_but_where_it_is_allowed(
 ) -> None:
     changed = go_on(begun[0], tmp_path)
     path = tmp_path / "checkpoints" / "checkpoint-2" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"world_size": 2}), "utf-8")
+    sealed = json.loads(path.read_text("utf-8")) | {"world_size": 2}
+    del sealed["sha256"]  # the manifest's own
+    path.write_text(json.dumps(sealed), "utf-8")
     with pytest.raises(CheckpointError, match=r"was saved by 2 processes, and 1 would go on; .* `--allow-change proc"):
         train(changed, changed.run)
     run = replace(changed.run, allowed_processes=1)
@@ -201,3 +203,20 @@ def test_an_older_checkpoint_is_held_to_what_it_says(begun: tuple[Path, LmTraine
     read = read_manifest(path.parent)
     assert saved_otherwise("x", read, changed.run, 3)  # a run that was changed: its settings are put back
     assert not saved_otherwise("x", read, replace(changed.run, earlier=frozenset()), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("optimizer_0", "FSDP's, and this launch's would be whole"), ("global_step2", "DeepSpeed's"), (None, "missing")],
+)
+def test_optimizer_states_of_another_form_are_refused(
+    name: str | None, words: str, begun: tuple[Path, LmTrainer], tmp_path: Path
+) -> None:
+    """transformers raises for the first, and begins without a state for the others."""
+    plain = go_on(begun[0], tmp_path, allowed=False)
+    place = tmp_path / "checkpoints" / "checkpoint-2"
+    (place / "optimizer.pt").unlink()
+    if name is not None:
+        (place / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"checkpoint-2: its optimizer states are {words}"):
+        plain.train(str(place))
