@@ -7,6 +7,7 @@ evaluations and saves with the trainer's: a new ``learning_rate`` would be ignor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
@@ -37,6 +38,21 @@ def saved_otherwise(place: str, manifest: Mapping[str, Any], run: Run, processes
             f"`--allow-change processes`"
         )
     return mark != run.fingerprint if mark is not None else bool(run.earlier)
+
+
+def refuse_other_form(trainer: Trainer, place: str) -> None:
+    """Raise CheckpointError where optimizer states were saved otherwise than this launch keeps them: whole, or sharded.
+
+    transformers would look for files of its own form, and begin with no states where it finds none.
+    """
+    own = "DeepSpeed's" if trainer.is_deepspeed_enabled else "FSDP's" if trainer.is_fsdp_enabled else "whole"
+    forms = {"optimizer.pt": "whole", "optimizer*": "FSDP's", "global_step*": "DeepSpeed's"}
+    saved = next((form for names, form in forms.items() if any(Path(place).glob(names))), "missing")
+    if saved != own:
+        raise CheckpointError(
+            f"{place}: its optimizer states are {saved}, and this launch's would be {own}; go on with the accelerate "
+            f"configuration that it was saved under"
+        )
 
 
 def settings_of(trainer: Trainer) -> list[dict[str, Any]]:

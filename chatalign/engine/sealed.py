@@ -21,7 +21,7 @@ from chatalign import checkpoint
 from chatalign.engine.disk import checkpoint_bytes, room_for
 from chatalign.engine.guard import StepGuard
 from chatalign.engine.metrics import Stopwatch
-from chatalign.engine.other_inputs import saved_otherwise, settings_of, take_hold
+from chatalign.engine.other_inputs import refuse_other_form, saved_otherwise, settings_of, take_hold
 from chatalign.engine.signals import in_own_group, note_saved
 from chatalign.engine.stopping import EvaluationCut, StopWhenAsked
 from chatalign.engine.weights import load_trainable, save_trainable
@@ -171,6 +171,8 @@ class SealedTrainer(Trainer):
             save_trainable(self.model, Path(output_dir or self.run.checkpoints), write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            refuse_other_form(self, checkpoint)
         settings = settings_of(self) if self._saved_otherwise else []
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._saved_otherwise:
