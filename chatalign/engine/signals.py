@@ -16,8 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from chatalign.runs import is_main_process
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # A launcher passes on what its processes got by themselves too, sent to a whole group: that is no second request.
 _SAME_REQUEST_S = 2.0
@@ -113,6 +111,8 @@ def note_saved() -> None:
 
     To be called while signals are remembered: a launcher ends the others by one as soon as the first has ended.
     """
+    from chatalign.runs import is_main_process  # not needed to refuse a recipe
+
     if (place := os.environ.get(STATUS_FILE)) and is_main_process():
         Path(place).write_text("130\n", "utf-8")
 
