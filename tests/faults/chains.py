@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from chatalign.metrics_file import METRICS_FILE, read_metrics
 from faults import killed_chain
 from faults.killed_chain import PRELOADED, ROOT, Kill, Point
 
+KILLS = int(os.environ.get("CHATALIGN_KILLS", "20"))  # `make faults` sets 100
 SAVE_EVERY = 2
 BASE = str(ROOT / "data/pocket/base")
 TRAIN: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 from itertools import zip_longest
@@ -12,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from chatalign.artifact import Artifact
-from faults.chains import OTHERS, SAVE_EVERY, SHIPPED, Chain, same_end
+from faults.chains import KILLS, OTHERS, SAVE_EVERY, SHIPPED, Chain, same_end
 from faults.killed_chain import Kill, Point
 
-KILLS = int(os.environ.get("CHATALIGN_KILLS", "20"))  # `make faults` sets 100
 ROUNDS = 1 if KILLS < 100 else None  # of kills at the boundaries of files, for each stage; None: all that there are
 
 
