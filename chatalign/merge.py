@@ -44,6 +44,7 @@ def merge(ref: str | Path, out_folder: str | Path, *, dtype: str = "auto") -> Pa
     _untie_where_adapted(model)
     merged: Any = _to_dtype(model.merge_and_unload(safe_merge=True), stored)
     aside = out.with_name(f".{out.name}.unchecked")
+    shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
     try:
         save_model(merged, tokenizer, aside)
         del model, merged

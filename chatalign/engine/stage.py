@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -156,6 +157,8 @@ def finish(
         restore_for_use(model, getattr(trainer, "saved_use_cache", None))
         if state_dict is not None:
             state_dict = without_tied_copies(model, state_dict)
+        if run.model_folder.exists():  # of a save that was killed: safetensors leaves `.tmp…`, as large as the weights
+            shutil.rmtree(run.model_folder)
         with room_for(run.model_folder, model_bytes(model), "the finished model"):
             save_model(model, tokenizer, run.model_folder, base_ref=base_ref, state_dict=state_dict)
         if kind in ("reward_model", "reward_adapter"):

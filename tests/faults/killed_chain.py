@@ -78,6 +78,8 @@ class Points:
         if self.kill is not None and self._counts[self.kill.place] == self.kill.number:
             if self.kill.half and writing is not None:
                 os.truncate(writing[0], (writing[1] + os.path.getsize(writing[0])) // 2)
+                if writing[0].endswith(".safetensors"):  # whose writer renames it when it is whole
+                    os.rename(writing[0], Path(writing[0]).with_name(".tmpKilled"))
             os.kill(self.process, signal.SIGKILL)
 
     def install(self) -> None:
