@@ -56,7 +56,6 @@ _SCHEDULE = (
 )
 _NO_FORMULA = ("reduce_lr_on_plateau", "greedy")  # schedules that are no function of the step
 _ROWS_A_STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps", PROCESSES)
-_ROWS_UNSEEN = ("data.eval_datasets", "data.num_proc")
 
 
 def reasons(changes: Sequence[Change], before: Settings, now: Settings) -> dict[str, str]:
@@ -79,7 +78,7 @@ def _reason(change: Change, before: Settings, now: Settings) -> str | None:
     schedules = {settings.get("train", {}).get("lr_scheduler_type") for settings in (before, now)}
     if any(covers(name, key) for name in _SCHEDULE) and schedules & set(_NO_FORMULA):
         return f"the rate under {' and '.join(sorted(schedules & set(_NO_FORMULA)))} is no function of the step"
-    if covers("data", key) and not any(covers(name, key) for name in _ROWS_UNSEEN):
+    if covers("data", key) and not covers("data.eval_datasets", key):
         return _rows(now)
     return _ppo(change, now) if now["stage"] == "ppo" else None
 

@@ -71,9 +71,9 @@ def changes_between(before: Settings, now: Settings) -> list[Change]:
 
 
 def recipe_changes(before: Settings, now: Settings) -> Iterator[Change]:
-    """The keys in which two whole recipes differ, but for a run's place, reporting and time."""
+    """The keys in which two whole recipes differ, but for those that change nothing in what a run makes."""
     for change in _differences(before, now, ""):
-        if change.key.partition(".")[0] not in NOT_IN_FINGERPRINT and change.key != "train.max_hours":
+        if not any(covers(name, change.key) for name in NOT_IN_FINGERPRINT):
             yield change
 
 

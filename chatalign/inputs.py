@@ -23,19 +23,31 @@ from chatalign.artifact import (
 from chatalign.recipe import DatasetSource, ModelSection, Recipe
 
 Inputs = dict[str, Any]
-NOT_IN_FINGERPRINT = {"output_dir", "tracking", "hub", "run_name"}
+# Dotted keys that change no byte of what a run makes: its place and reporting, how long and with how many hands.
+NOT_IN_FINGERPRINT = (
+    "output_dir",
+    "tracking",
+    "hub",
+    "run_name",
+    "train.max_hours",
+    "train.dataloader_num_workers",
+    "data.num_proc",
+    "ptx_data.num_proc",
+)
 
 
 def run_inputs(recipe: Recipe) -> Inputs:
     """What the result of a recipe's run depends on, from the files as they are now.
 
-    ``recipe`` without its place and reporting; ``parents`` by role, each a run id and a fingerprint; the sha256 of
+    ``recipe`` without :data:`NOT_IN_FINGERPRINT`; ``parents`` by role, each a run id and a fingerprint; the sha256 of
     ``models`` by role (of templates and tokenizers by path); ``data`` and ``functions``, each with its key in the
     recipe, path and sha256 (a Hub name stands for itself); and ``chatalign``, the version.
     Raises ArtifactError where a parent is unfinished.
     """
-    settings = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in NOT_IN_FINGERPRINT}
-    settings.get("train", {}).pop("max_hours", None)  # how long a process runs changes nothing in what it makes
+    settings = recipe.model_dump(mode="json")
+    for key in NOT_IN_FINGERPRINT:
+        within, _, name = key.rpartition(".")
+        ((settings.get(within) or {}) if within else settings).pop(name, None)
     parents = {p.role: {"run_id": p.run_id, "fingerprint": p.fingerprint} for p in parents_of(recipe)}
     models: dict[str, str | None] = {}
     for role, section in model_inputs(recipe).items():

@@ -85,7 +85,7 @@ def test_what_no_checkpoint_of_ppo_carries(key: str, values: tuple[Any, Any]) ->
 
 def test_the_keys_are_those_of_recipes() -> None:
     known = {key for name in STAGE_NAMES for key in Keys(name).known()}
-    named = {*carry._NEVER, *carry._LORA_CARRIED, *carry._SCHEDULE, *carry._ROWS_A_STEP, *carry._ROWS_UNSEEN}
+    named = {*carry._NEVER, *carry._LORA_CARRIED, *carry._SCHEDULE, *carry._ROWS_A_STEP}
     assert named - known == {"processes"}
 
 

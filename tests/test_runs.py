@@ -65,7 +65,8 @@ def test_life_of_a_run(recipe: SftRecipe) -> None:
 def test_fingerprint_follows_recipe_data_and_model(recipe: SftRecipe, tmp_path: Path) -> None:
     mark = recipe_fingerprint(recipe)
     assert recipe_fingerprint(changed(recipe, output_dir="elsewhere", tracking="wandb")) == mark
-    assert recipe_fingerprint(changed(recipe, train={"max_hours": 8})) == mark
+    assert recipe_fingerprint(changed(recipe, train={"max_hours": 8, "dataloader_num_workers": 2})) == mark
+    assert recipe_fingerprint(changed(recipe, data={**recipe.data.model_dump(), "num_proc": 2})) == mark
     assert recipe_fingerprint(changed(recipe, train={"seed": 1})) != mark
     (tmp_path / "rows.jsonl").write_text('{"text": "b"}\n')
     after_data = recipe_fingerprint(recipe)
