@@ -1,8 +1,9 @@
 """One warm process for a chain's stages: each begins as in a process of its own, and gives back what it held.
 
 Stages leave things behind, through transformers, accelerate and trackers: environment variables (deterministic
-algorithms, a compiler's backend), PyTorch's modes, singletons with the first stage's device and
-precision, an open wandb run. A test holds a chain's weights to those of stages that each had a process.
+algorithms, a compiler's backend), PyTorch's modes, functions that were replaced in models' modules, singletons with
+the first stage's device and precision, an open wandb run. A test holds a chain's weights to those of stages that each
+had a process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
+
+from chatalign.engine.replaced import put_back
 
 # What torch and oneDNN read when they start, for training on a CPU (measured: SFT of 7M weights in bf16, 0.7 of the
 # memory at the same speed). Large blocks on huge pages are given back when they are freed, instead of being kept in
@@ -66,6 +69,7 @@ def as_if_alone() -> Iterator[None]:
         root.setLevel(level)
         root.handlers[:] = handlers
         _set_torch_modes(modes)
+        put_back()
         _give_back()
 
 

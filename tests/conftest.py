@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,6 +38,9 @@ LONGEST = (
     "tests/mutants/",
     "",  # all others
 )
+
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and with it what its tests want to see
 
 
 @pytest.hookimpl(wrapper=True)

@@ -125,6 +125,25 @@ def test_what_a_stage_changes_in_the_process_is_taken_back() -> None:
     assert not PartialState._shared_state, "the next stage couldn't choose another device"
 
 
+def test_what_a_stage_replaced_in_other_modules_stands_there_again() -> None:
+    """A stage of TRL's after one of ours would run our rotary embedding, which differs in the last digit."""
+    from tiny import make_llama
+    from transformers.models.llama import modeling_llama
+
+    from chatalign.engine.fused_layers import apply_rotary, fuse_layers
+    from chatalign.engine.replaced import noting_replaced
+
+    own, norm = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm
+    for _ in range(2):
+        with as_if_alone():
+            fuse_layers(make_llama(64))
+            assert modeling_llama.apply_rotary_pos_emb is apply_rotary
+            with noting_replaced(modeling_llama):
+                modeling_llama.LlamaRMSNorm = object  # type: ignore[misc]
+        assert modeling_llama.apply_rotary_pos_emb is own
+        assert modeling_llama.LlamaRMSNorm is norm
+
+
 def test_the_next_stage_compiles_anew() -> None:
     """Else its recompilations would be added to the last stage's, and past a few it would run uncompiled."""
     import_once("chatalign.sft")

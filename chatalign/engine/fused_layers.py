@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from chatalign.engine.isolation import unwrapped
+from chatalign.engine.replaced import replace
 from chatalign.maths import fused
 
 _CLOSE = 1e-5
@@ -134,7 +135,7 @@ def _fuse_rotary(base: nn.Module) -> None:
         return
     theirs = own(q, k, angles.cos(), angles.sin())
     if all(map(_same, theirs, apply_rotary(q, k, angles.cos(), angles.sin()))):
-        setattr(modeling, _ROTARY, apply_rotary)
+        replace(modeling, _ROTARY, apply_rotary)
 
 
 def _turns_a_part(own: Any, q: Tensor, k: Tensor) -> bool:

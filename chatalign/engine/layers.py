@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from chatalign.engine.attention import register
 from chatalign.engine.isolation import unwrapped
+from chatalign.engine.replaced import noting_replaced
 from chatalign.errors import ModelError
 
 
@@ -51,5 +53,6 @@ def apply_liger(model: nn.Module, config: Mapping[str, bool]) -> bool:
     base: Any = unwrapped(model)
     if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return False
-    _apply_liger_kernel_to_instance(model=base, **config)
+    with noting_replaced(sys.modules[type(base).__module__]):  # its rotary embedding is the module's
+        _apply_liger_kernel_to_instance(model=base, **config)
     return True

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
+from packaging.version import Version
 from pydantic import BaseModel
 
 from chatalign.recipe import STAGES, DatasetSource, ModelSection, PipelineRecipe, RewardFunction
@@ -15,6 +17,7 @@ from chatalign.recipe.schema import SCHEMA_NAMES, SCHEMAS, STAGE_NAMES, Keys, sc
 CLASSES: dict[str, type[BaseModel]] = {**STAGES, "pipeline": PipelineRecipe}
 
 
+@pytest.mark.skipif(Version(version("pydantic")) < Version("2.14"), reason="pydantic 2.14 writes those that ship")
 @pytest.mark.parametrize("name", SCHEMA_NAMES)
 def test_a_schema_is_what_its_class_says(name: str) -> None:
     schema = CLASSES[name].model_json_schema()
