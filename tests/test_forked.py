@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,18 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     assert orphans
 
 
+def run_on(begun: Event) -> None:
+    begun.set()
+    time.sleep(60)
+
+
 def test_a_lock_ends_with_who_took_it(tmp_path: Path) -> None:
+    begun = FORK.Event()
     with locked(tmp_path / "run"):
-        child = FORK.Process(target=time.sleep, args=(60,))
+        child = FORK.Process(target=run_on, args=(begun,))
         child.start()
     try:
+        assert begun.wait(30)
         with locked(tmp_path / "run"):
             assert child.is_alive()
     finally:
