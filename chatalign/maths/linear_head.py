@@ -27,7 +27,7 @@ class Head:
         self, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None, chunk: int
     ) -> None:
         self.weight_VD, self.bias_V, self.temperature, self.softcap = weight_VD, bias_V, temperature, softcap
-        self.low = weight_VD.dtype in _LOW_PRECISION
+        self.chunk, self.low = chunk, weight_VD.dtype in _LOW_PRECISION
         self.wide_products = self.low and weight_VD.is_cuda and torch.version.hip is None
         self._buffers: tuple[Tensor, Tensor] | None = None
         if not weight_VD.is_cuda:
@@ -82,7 +82,7 @@ class Gradients:
         self._waiting_WV: Tensor | None = None
         self._waiting = slice(0, 0)
         if needed[1] and head.low and not weight_VD.is_cuda:
-            rows = min(len(hidden_KD), _WAITING_BYTES // (2 * len(weight_VD)))
+            rows = min(len(hidden_KD), max(head.chunk, _WAITING_BYTES // (2 * len(weight_VD))))
             self._waiting_WV = weight_VD.new_empty(rows, len(weight_VD))
 
     def add(self, gradient_CV: Tensor, part: slice) -> None:

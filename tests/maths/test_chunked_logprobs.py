@@ -13,6 +13,7 @@ from chatalign.maths import (
     chunked_linear_logprob_sum,
     chunked_linear_logprobs,
     entropy,
+    linear_head,
     mean_by_sequence,
     selected_logprobs,
     sum_by_sequence,
@@ -126,6 +127,24 @@ def test_bf16_inputs_are_summed_in_fp32(head: tuple[Tensor, ...]) -> None:
     plain(hidden_KD.detach().float(), wide_VD, None, head[3], 1.0, None)[0].sum().backward()
     assert weight_VD.grad is not None
     torch.testing.assert_close(weight_VD.grad.float(), wide_VD.grad, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "waiting", [1, 5, 12, K]
+)  # tokens whose gradients wait; 1: a chunk is more, as of 150,000 words
+def test_bf16_gradients_that_wait_for_others_are_all_added(
+    waiting: int, head: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_head, "_WAITING_BYTES", 2 * V * waiting)
+    hidden_KD, weight_VD = (tensor.bfloat16().requires_grad_() for tensor in head[:2])
+    for reduced in (
+        chunked_linear_logprobs(hidden_KD, weight_VD, None, head[3], chunk=5)[0].sum(),
+        chunked_linear_logprob_sum(hidden_KD, weight_VD, None, head[3], torch.ones(K), chunk=5),
+    ):
+        wide = [tensor.detach().float().requires_grad_() for tensor in (hidden_KD, weight_VD)]
+        expected = torch.autograd.grad(plain(*wide, None, head[3], 1.0, None)[0].sum(), wide)
+        for found, right in zip(torch.autograd.grad(reduced, (hidden_KD, weight_VD)), expected, strict=True):
+            torch.testing.assert_close(found.float(), right, rtol=0.05, atol=0.05)
 
 
 def test_under_autocast_the_projection_takes_its_dtype(head: tuple[Tensor, ...]) -> None:
