@@ -139,11 +139,16 @@ class MetricsFile(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop what a killed run logged beyond the checkpoint, and go on counting time from there."""
+        """Drop what a killed run logged beyond the checkpoint, and go on counting time from there.
+
+        Beyond it is the evaluation at its step too, where that is owed and so made (again) now.
+        """
         if not state.is_world_process_zero:
             return
         self._close()
-        kept = [line for line in read_metrics(self.path) if 0 < state.global_step >= line["step"]]
+        logged = [line for line in read_metrics(self.path) if 0 < state.global_step >= line["step"]]
+        again = state.global_step if args.eval_on_start else None
+        kept = [line for line in logged if line["step"] != again or not any(name.startswith("eval_") for name in line)]
         write_whole(self.path, "".join(map(encode_line, kept)))
         spent = max((line.get("time_s") or 0.0 for line in kept), default=0.0)
         self._started = time.perf_counter() - spent

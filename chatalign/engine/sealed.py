@@ -40,6 +40,7 @@ class SealedTrainer(Trainer):
     saved_use_cache: bool | None = None  # the configuration's value, which Trainer turns off for training
     stopping: bool = False  # all processes know that they stop at this step
     _saving: bool = False  # a checkpoint is written, aside
+    _saved_step: int | None = None  # of the newest checkpoint, as every process knows it without a look at the disk
     _saved_otherwise: bool = False  # the checkpoint that the run goes on from, before a change that was allowed
 
     def stage_state(self) -> dict[str, Any]:
@@ -70,7 +71,8 @@ class SealedTrainer(Trainer):
             extra, processes = manifest["extra"], self.args.world_size
             self._saved_otherwise = saved_otherwise(resume_from_checkpoint, manifest, self.run, processes)
             self._tokens_before = int(extra["tokens"])
-            self.args.eval_on_start |= bool(extra.get("evaluation_owed"))
+            # Of the run's start, not of each process's: one that goes on evaluates first only what was cut short.
+            self.args.eval_on_start = bool(extra.get("evaluation_owed")) and self.eval_dataset is not None
             self.load_stage_state(extra["stage"])
         elif self.args.should_save:
             self.run.take_allowed(self.recipe, step=0)
@@ -91,7 +93,7 @@ class SealedTrainer(Trainer):
         """Stop after a signal that came once the last step was done: while it was evaluated or saved."""
         if not self.stopping and self.stop.asked():
             self.stopping = True
-            if not (self.run.checkpoints / f"checkpoint-{self.state.global_step}").is_dir():
+            if self._saved_step != self.state.global_step:
                 self._save_checkpoint(self.model, None)
 
     def reduce(self, values: Tensor) -> Tensor:
@@ -116,8 +118,9 @@ class SealedTrainer(Trainer):
         )
 
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # its arguments differ between versions
-        # A checkpoint of the last step inside an epoch: transformers would train one step more before it looks.
-        if self.state.global_step >= self.state.max_steps:
+        # After a checkpoint of the last step inside an epoch, or a stop in the evaluation at the start: transformers
+        # would train one step more before it looks.
+        if self.stopping or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
@@ -149,6 +152,7 @@ class SealedTrainer(Trainer):
                 if self.args.should_save:
                     self._publish(tokens)
             self.accelerator.wait_for_everyone()
+        self._saved_step = self.state.global_step
 
     def _publish(self, tokens: int) -> None:
         saved = self.run.checkpoints / checkpoint.SAVING / f"checkpoint-{self.state.global_step}"
@@ -177,8 +181,10 @@ class SealedTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._saved_otherwise:
             take_hold(self, settings, str(checkpoint))
-        if checkpoint is not None and self.args.should_save:
-            self.run.take_allowed(self.recipe, step=self.state.global_step)
+        if checkpoint is not None:
+            self._saved_step = self.state.global_step
+            if self.args.should_save:
+                self.run.take_allowed(self.recipe, step=self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is not None:  # sharded, and wrapped already

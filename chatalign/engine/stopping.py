@@ -69,6 +69,8 @@ class StopWhenAsked(TrainerCallback):
             f"saved at step {state.global_step} of {state.max_steps} in {run.checkpoints}; "
             "the same command goes on from there"
         )
+        if not state.global_step:  # in the evaluation at the start
+            saved = "stopped before the first step; the same command begins again"
         if self.agreed >= _SIGNAL:
             return Interrupted(f"{signal.Signals(self.agreed - _SIGNAL).name}: {saved}")
         return StageStopped(f"`train.max_hours: {self.trainer.recipe.train.max_hours:g}` are over: {saved}")

@@ -16,6 +16,7 @@ from torch import Tensor
 from chatalign import checkpoint
 from chatalign.engine.lm_trainer import LmTrainer
 from chatalign.engine.stage import train
+from chatalign.engine.stopping import StopWhenAsked
 from chatalign.errors import Interrupted, NonFiniteError
 from chatalign.tracking import METRICS_FILE, read_metrics
 
@@ -132,6 +133,87 @@ def test_a_stopped_run_goes_on_bit_by_bit_the_same(cause: str, tmp_path: Path, m
         line["step"]: line["loss"] for line in read_metrics(tmp_path / "whole" / METRICS_FILE) if "loss" in line
     }
     assert lines == whole_lines
+
+
+_EVALUATED = {"max_steps": 4, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 2}
+
+
+def evaluated_trainer(folder: Path, **more: Any) -> LmTrainer:
+    return make_trainer(folder, lm_rows(16), eval_rows=lm_rows(6, seed=1), **(_EVALUATED | more))
+
+
+def stopped_in_evaluation(trainer: LmTrainer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a run says that gets a signal in the first evaluation that it makes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(StopWhenAsked, "on_prediction_step", _with_signal(StopWhenAsked.on_prediction_step))
+        with pytest.raises(Interrupted) as stopped:
+            train(trainer, trainer.run)
+    return str(stopped.value)
+
+
+def _with_signal(right: Any) -> Any:
+    def signalled(*arguments: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return right(*arguments, **named)
+
+    return signalled
+
+
+def killed_after(step: int, trainer: LmTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = trainer.training_step
+
+    def dies(*arguments: Any, **named: Any) -> Any:
+        if trainer.state.global_step == step:
+            raise MemoryError
+        return right(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_step", dies)
+        with pytest.raises(MemoryError):
+            train(trainer, trainer.run)
+
+
+def losses(folder: Path) -> list[tuple[int, str, float]]:
+    names = ("loss", "eval_loss")
+    return [(line["step"], x, line[x]) for line in read_metrics(folder / METRICS_FILE) for x in names if x in line]
+
+
+def test_an_evaluation_that_was_cut_short_is_made_once_however_often_it_is_cut_or_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluated_trainer(tmp_path / "whole")
+    train(whole, whole.run)
+    for _ in range(2):
+        assert "saved at step 2 of 4" in stopped_in_evaluation(evaluated_trainer(tmp_path / "run"), monkeypatch)
+    killed_after(2, evaluated_trainer(tmp_path / "run"), monkeypatch)
+    assert [line[:2] for line in losses(tmp_path / "run")] == [(1, "loss"), (2, "loss"), (2, "eval_loss")]
+    resumed = evaluated_trainer(tmp_path / "run")
+    train(resumed, resumed.run)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_an_evaluation_that_is_owed_is_left_out_where_no_rows_are_left_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_in_evaluation(evaluated_trainer(tmp_path), monkeypatch)
+    resumed = make_trainer(tmp_path, lm_rows(16), max_steps=4)
+    train(resumed, resumed.run)
+    assert resumed.state.global_step == 4
+
+
+def test_the_evaluation_at_the_start_is_that_of_the_run_not_of_each_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {"eval_on_start": True, "save_strategy": "steps", "save_steps": 3}
+    whole = evaluated_trainer(tmp_path / "whole", **first)
+    train(whole, whole.run)
+    said = stopped_in_evaluation(evaluated_trainer(tmp_path / "run", **first), monkeypatch)
+    assert said == "SIGTERM: stopped before the first step; the same command begins again"
+    killed_after(3, evaluated_trainer(tmp_path / "run", **first), monkeypatch)
+    resumed = evaluated_trainer(tmp_path / "run", **first)
+    train(resumed, resumed.run)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert [step for step, name, _ in losses(tmp_path / "run") if name == "eval_loss"] == [0, 2, 4]
 
 
 def test_a_finished_run_does_not_train_again_from_its_last_checkpoint(tmp_path: Path) -> None:
