@@ -50,18 +50,20 @@ def ended(work: Callable[[], None]) -> int | None:
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("context", [StopRequest, breaking_off])
 def test_the_same_signal_again_ends_the_process_where_a_person_sent_it(
-    context: Callable[[], StopRequest], later: bool, monkeypatch: pytest.MonkeyPatch
+    context: Callable[[], StopRequest], later: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signals, "_SAME_REQUEST_S", 0.0 if later else 60.0)
+    monkeypatch.setattr(signals, "_SAME_REQUEST_S", 1e-9 if later else 60.0)
 
     def work() -> None:
         with context():
             with suppress(KeyboardInterrupt):
                 send(signal.SIGTERM)
+            (tmp_path / "outlived the first").touch()
             send(signal.SIGTERM)
             os._exit(7)
 
     assert ended(work) == (-signal.SIGTERM if later else 7)
+    assert list(tmp_path.iterdir())
 
 
 def test_a_forked_worker_leaves_signals_to_its_parent_which_ends_it_by_sigterm() -> None:

@@ -23,10 +23,12 @@ def replace(module: ModuleType, name: str, value: Any) -> None:
 def noting_replaced(module: ModuleType) -> Iterator[None]:
     """Have what others replace in `module` meanwhile put back too."""
     before = dict(vars(module))
-    yield
-    for name, value in before.items():
-        if getattr(module, name, None) is not value:
-            _own.setdefault((module, name), value)
+    try:
+        yield
+    finally:  # half of it may be replaced where that failed
+        for name, value in before.items():
+            if getattr(module, name, None) is not value:
+                _own.setdefault((module, name), value)
 
 
 def put_back() -> None:
