@@ -24,7 +24,8 @@ def by_stage(allow: Collection[str], names: Collection[str]) -> dict[str, list[s
     for key in allow:
         name, _, rest = key.partition(".")
         if name not in names or not rest:
-            raise RecipeError(f"--allow-change {key}: begin with a stage's name ({', '.join(names)}), as in sft.{key}")
+            example = f"{next(iter(names))}.train.learning_rate"
+            raise RecipeError(f"--allow-change {key}: begin with a stage's name ({', '.join(names)}), as in {example}")
         keys.setdefault(name, []).append(rest)
     return keys
 

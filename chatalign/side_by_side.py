@@ -89,9 +89,6 @@ def side_by_side(progress: Progress, modules: Mapping[str, str], *, jobs: int, p
     running: dict[str, _Running] = {}
     with passed_on(lambda number: _send(running, number)) as received:
         while True:
-            for name in progress.stages:
-                if name not in progress.statuses and name not in running:
-                    progress.blocked(name)
             free = sorted(set(range(jobs)) - {stage.device for stage in running.values()})
             waiting = [] if received else [name for name in progress.ready() if name not in running]
             for name, device in zip(waiting, free, strict=False):
@@ -100,6 +97,9 @@ def side_by_side(progress: Progress, modules: Mapping[str, str], *, jobs: int, p
                     _send(running, received[-1])
                     break
             _collect(progress, running)
+            for name in progress.stages:
+                if name not in progress.statuses and name not in running:
+                    progress.blocked(name)
             if not running and (received or not progress.ready()):
                 break
             time.sleep(_LOOK_EVERY_S)

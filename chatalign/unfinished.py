@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,26 +111,35 @@ def judged(
     keys = [change.key for change in found.changes]
     earlier = [change["key"] for change in read_run_file(folder).get("changes", [])]
     if unchanged := [name for name in allow if not any(covers(name, key) for key in [*keys, *earlier])]:
-        did = f"that didn't change in {folder}; what did:{listed(found.changes, {})}"
+        what = [replace(change, key=f"{stage}{change.key}") for change in found.changes]
+        did = f"that didn't change in {folder}; what did:{listed(what, {})}"
         raise ChangedRunError(f"--allow-change {stage}{unchanged[0]}: {did}")
     if refusal := found.refusal(allow, stage=stage):
         raise refusal
     return found
 
 
-def settle(recipe: Recipe, *, force: bool = False, made_here: Collection[str] = (), **judging: Any) -> str | None:
+def settle(
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    allow: Collection[str] = (),
+    made_here: Collection[str] = (),
+    **judging: Any,
+) -> str | None:
     """Make way for a recipe's run as :func:`judged` has it; returns a line for the user where something was done.
 
     A run that was begun otherwise goes on where that is allowed; it is moved aside under `force`, and where the
-    change came down a pipeline. The caller holds the folder's lock.
+    change came down a pipeline. The caller holds the folder's lock. Keys that are allowed where nothing changed are no
+    error: the same command, given again after a kill, has to go on.
     """
     folder = Path(recipe.output_dir)
     if force:
         found = changed(recipe)
     else:
-        found = judged(recipe, made_here=made_here, **judging)
+        found = judged(recipe, allow=allow, made_here=made_here, **judging)
     if found is None:
-        return None
+        return _nothing_changed(recipe, folder) if allow else None
     if force or _came_down_the_chain(recipe, found, made_here):
         keys = ", ".join(change.key for change in found.changes)
         return f"{folder}: moved to {move_aside(folder)}, since it was begun otherwise ({keys})"
@@ -232,6 +241,14 @@ def _came_down_the_chain(recipe: Recipe, found: Changed, made_here: Collection[s
     sections = {role: getattr(recipe, role, None) for role in ("model", "reward_model", "value_model")}
     runs = {f"{role}.run" for role, section in sections.items() if section and section.name_or_path in made_here}
     return any(change.key in runs for change in found.changes)
+
+
+def _nothing_changed(recipe: Recipe, folder: Path) -> str | None:
+    """A line for who allowed a change and made none; None where one was allowed before, or nothing is unfinished."""
+    begun = read_run_file(folder)
+    if is_finished(folder) or begun.get("fingerprint") != inputs_fingerprint(run_inputs(recipe)) or "changes" in begun:
+        return None
+    return f"{folder}: nothing changed since its unfinished run was begun, so that --allow-change allows nothing"
 
 
 def _refuse_finished(recipe: Recipe, folder: Path) -> None:

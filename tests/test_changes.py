@@ -218,6 +218,19 @@ def test_a_key_that_did_not_change_is_refused_with_what_did(recipe: SftRecipe) -
         settle(third, processes=1, allow=["train.learning_rate"])
 
 
+def test_allowing_what_nobody_changed_is_said_and_goes_on(recipe: SftRecipe) -> None:
+    assert settle(recipe, processes=1, allow=["train"]) is None  # no run yet
+    begin(recipe)
+    assert (settle(recipe, processes=1, allow=["train"]) or "").endswith(
+        "run: nothing changed since its unfinished run was begun, so that --allow-change allows nothing"
+    )
+    second = over(recipe, train__learning_rate=1e-5)
+    settle(second, processes=1, allow=["train"])
+    assert settle(second, processes=1, allow=["train"]) is None  # waits
+    open_run(second).take_allowed(second, step=20)
+    assert settle(second, processes=1, allow=["train"]) is None  # taken up
+
+
 def test_a_finished_run_can_not_be_changed(recipe: SftRecipe) -> None:
     run = begin(recipe)
     Artifact(stage="sft", kind="model", run_id=run.run_id, fingerprint=run.fingerprint).save(run.folder)

@@ -330,3 +330,9 @@ def test_side_by_side_a_failure_leaves_the_others_running(processes: Path, monke
     assert (processes.parent / "runs" / "dpo" / "artifact.json").exists()
     monkeypatch.delenv("FAILS")
     assert statuses(run_pipeline(processes, jobs=2)) == ["skipped", "resumed", "skipped"]
+
+
+def test_side_by_side_a_stage_that_can_not_begin_leaves_out_those_that_need_it(processes: Path) -> None:
+    words = "^stage sft: .*another chatalign run writes here; .*; left out: reward, dpo$"
+    with locked(processes.parent / "runs" / "sft"), pytest.raises(RecipeError, match=words):
+        run_pipeline(processes, jobs=2)

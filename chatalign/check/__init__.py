@@ -55,7 +55,7 @@ def start_findings(recipe: Recipe, made_later: frozenset[str] = frozenset()) -> 
 
 def place_findings(recipe: Recipe, earlier: Mapping[str, Recipe], used: DiskUse) -> Iterator[Finding]:
     """Whose models and checkpoints these are, and whether the disk has room; beyond what a launch looks at."""
-    yield from identity_findings(recipe)
+    yield from identity_findings(recipe, earlier)
     yield from checkpoint_findings(recipe, earlier)
     if (disk := disk_finding(recipe, earlier, used)) is not None:
         yield disk

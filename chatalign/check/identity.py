@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from chatalign.artifact import ARTIFACT_FILE
 from chatalign.check.findings import Finding
 from chatalign.errors import ChatalignError, ModelError
 from chatalign.inputs import model_inputs
@@ -15,10 +16,14 @@ WITH_REFERENCE = ("dpo", "ppo", "kto")
 HASHED_BYTES = 2**30  # of weights; more take too long for a check, and the run hashes them before it loads them
 
 
-def identity_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Whether adapters hang on the base that they were trained on, and policy and reference on the same one."""
+def identity_findings(recipe: Recipe, earlier: Collection[str] = ()) -> Iterator[Finding]:
+    """Whether adapters hang on the base that they were trained on, and policy and reference on the same one.
+
+    `earlier` are the folders of the pipeline's stages: one that isn't finished has no model yet.
+    """
     for role, section in model_inputs(recipe).items():
-        if not Path(section.name_or_path or "").is_dir():
+        folder = Path(section.name_or_path or "")
+        if not folder.is_dir() or (section.name_or_path in earlier and not (folder / ARTIFACT_FILE).is_file()):
             continue
         try:
             resolved = resolve(section.name_or_path or "", revision=section.revision, online=False)

@@ -16,7 +16,8 @@ from chatalign import preflight
 from chatalign.check import rows as check_rows
 from chatalign.commands import app
 from chatalign.data import checks
-from chatalign.preflight import check_file
+from chatalign.preflight import check_file, load_any
+from chatalign.runs import open_run
 from check.conftest import question, write_recipe, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +109,14 @@ def test_a_pipeline_is_looked_at_whole_and_shared_rows_once(place: Path, monkeyp
     assert report.counts["FAIL"] == 0
     tokenized = {name for name, (_, found) in report.recipes.items() if any(one.check == "template" for one in found)}
     assert tokenized == {"sft", "reward", "dpo"}, "a later stage has the tokenizer of the model that it starts from"
+
+
+def test_a_stage_that_was_killed_is_a_model_to_come_for_the_later_ones(place: Path) -> None:
+    write_pipeline(place)
+    open_run(load_any("chain.yaml", [])["sft"])
+    report = check_file("chain.yaml")
+    assert report.counts["FAIL"] == 0, report.as_json()
+    assert not any(one.check == "reference" for one in report.recipes["dpo"][1])
 
 
 def test_files_read_in_other_processes_give_the_same_report(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
