@@ -59,7 +59,9 @@ class StopWhenAsked(TrainerCallback):
             return _SIGNAL + self.request.received
         budget, state = self.trainer.recipe.train.max_hours, self.trainer.state
         spent = budget is not None and time.perf_counter() - self.began > 3600 * budget
-        return _OUT_OF_TIME if spent and state.global_step < state.max_steps else _GO_ON
+        # PPO may end before `max_steps`, where `target_kl` cut some.
+        ended = state.global_step >= state.max_steps or self.trainer.control.should_training_stop
+        return _OUT_OF_TIME if spent and not ended else _GO_ON
 
     @property
     def error(self) -> Interrupted:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from chatalign import checkpoint
 from chatalign.engine.lm_trainer import LmTrainer
@@ -214,6 +215,26 @@ def test_the_evaluation_at_the_start_is_that_of_the_run_not_of_each_process(
     train(resumed, resumed.run)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert [step for step, name, _ in losses(tmp_path / "run") if name == "eval_loss"] == [0, 2, 4]
+
+
+class _EndsEarly(TrainerCallback):
+    """As PPO, whose last rollout may have fewer optimizer steps than were counted on; the time is over then too."""
+
+    def __init__(self, trainer: LmTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == 2:
+            control.should_training_stop = True
+            self.trainer.stop.began -= 3601.0
+
+
+def test_time_that_is_over_after_the_last_step_stops_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, lm_rows(16), max_steps=4, save_strategy="no", max_hours=1.0)
+    trainer.add_callback(_EndsEarly(trainer))
+    train(trainer, trainer.run)
+    assert trainer.state.global_step == 2
+    assert checkpoint.list_checkpoints(trainer.run.checkpoints) == []
 
 
 def test_a_finished_run_does_not_train_again_from_its_last_checkpoint(tmp_path: Path) -> None:
