@@ -62,14 +62,15 @@ def publish(
     return place
 
 
-def tidy(newest: Path, *, keep: int | None, run_id: str) -> None:
+def tidy(checkpoints: Path, newest: Path | None, *, keep: int | None, run_id: str) -> None:
     """Do what a save that was killed had yet to do: take its folder away, name the newest whole checkpoint, prune.
 
-    One process calls it before training goes on from `newest`: where that is the run's last, no save follows.
+    One process calls it before training goes on from `newest`, or begins anew (None): a save need not follow.
     """
-    checkpoints = newest.parent
     if (checkpoints / SAVING).exists():
         shutil.rmtree(checkpoints / SAVING)
+    if newest is None:
+        return
     latest = checkpoints / LATEST
     if not latest.is_file() or latest.read_bytes() != f"{newest.name}\n".encode():
         write_whole(latest, f"{newest.name}\n")

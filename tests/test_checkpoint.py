@@ -142,8 +142,15 @@ def test_what_a_killed_save_left_is_tidied_up(left: str, tmp_path: Path) -> None
     elif left == "one too many":
         make(tmp_path, 1)
         (tmp_path / "checkpoint-1" / MANIFEST).unlink()  # half of it is gone
-    tidy(tmp_path / "checkpoint-4", keep=2, run_id="mine")
+    tidy(tmp_path, tmp_path / "checkpoint-4", keep=2, run_id="mine")
     assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, "checkpoint-2", "checkpoint-4"]
     assert (tmp_path / LATEST).read_text() == "checkpoint-4\n"
-    tidy(tmp_path / "checkpoint-4", keep=None, run_id="mine")
+    tidy(tmp_path, tmp_path / "checkpoint-4", keep=None, run_id="mine")
     assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"]
+
+
+def test_a_first_save_that_was_killed_leaves_nothing_behind_where_no_save_follows(tmp_path: Path) -> None:
+    tidy(tmp_path / "checkpoints", None, keep=2, run_id="mine")  # a run that begins has no such folder
+    make(begin(tmp_path), 2, sealed=False)
+    tidy(tmp_path, None, keep=2, run_id="mine")
+    assert list(tmp_path.iterdir()) == []

@@ -112,8 +112,8 @@ def train(trainer: Any, run: Run) -> float:
     """
     started = time.perf_counter()
     found = checkpoint.latest_valid(run.checkpoints, run.run_id)
-    if found is not None and trainer.args.should_save:
-        checkpoint.tidy(found, keep=trainer.recipe.train.save_total_limit, run_id=run.run_id)
+    if trainer.args.should_save:
+        checkpoint.tidy(run.checkpoints, found, keep=trainer.recipe.train.save_total_limit, run_id=run.run_id)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     return time.perf_counter() - started
 
