@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 # On a CPU in half precision: of logits' gradients that wait to be multiplied with their hidden states at once.
-_WAITING_BYTES = 16 * 2**20
+_WAITING_BYTES = 8 * 2**20
 
 
 class Head:
