@@ -31,7 +31,7 @@ test: setup  ## everything that CI runs, two processes of one thread each
 test-fast: setup  ## without what takes more than a few seconds
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-faults: setup  ## kill -9 at 100 random points of a chain and at every file boundary of its stages, files damaged, disks full: an hour
+faults: setup  ## kill -9 at 100 random points of a chain and at every file boundary of its stages, files damaged, disks full: 10 minutes on a free core, an hour on a busy one
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CHATALIGN_KILLS=100 $(BIN)/python -m pytest tests/faults
 
 bench-peers: setup  ## each peer in an environment of its own, under bench/.venvs (about 14 GB)

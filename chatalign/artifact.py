@@ -149,7 +149,10 @@ def write_json(path: Path, value: Any) -> Path:
 def write_whole(path: Path, text: str) -> Path:
     """Write a file aside, fsync, rename: a reader, and a start after a power cut, finds the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.new")  # no process's own name: what a killed one left is written over
+    for left in path.parent.glob(f".{path.name}.*.new"):
+        if not _lives(int(left.name.split(".")[-2])):  # its writer was killed
+            left.unlink(missing_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.new")  # a report may be asked for while a run writes it
     with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -157,6 +160,16 @@ def write_whole(path: Path, text: str) -> Path:
     os.replace(aside, path)
     sync(path.parent)
     return path
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def sync(path: str | Path) -> None:

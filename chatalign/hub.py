@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ ALLOWED = (
 )
 PENDING_FILE = "push.json"  # in a run folder: an upload that the Hub didn't take yet
 _WAITS_S = (1.0, 4.0)  # before the second and third try, where the Hub doesn't say how long
+_SILENT_S = 60.0  # a Hub that sends and takes no byte for so long is down; the client would wait for ever
 _LONGEST_WAIT_S = 30.0  # a Hub that asks for more is asked again by `chatalign push --pending`
 _HOLDS_PATHS = ("config.json", "adapter_config.json", "base_model.json")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
@@ -184,9 +186,24 @@ def _upload(contents: dict[str, Path | bytes], repo_id: str, private: bool, *, m
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in contents.items()
     ]
-    repo = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
-    _retried(lambda: api.create_commit(repo.repo_id, operations=additions, commit_message=message), repo_id)
+    with _silence_ends(_SILENT_S):
+        repo = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
+        _retried(lambda: api.create_commit(repo.repo_id, operations=additions, commit_message=message), repo_id)
     return str(repo)
+
+
+@contextmanager
+def _silence_ends(seconds: float) -> Iterator[None]:
+    """Let the client give up inside where the Hub is silent for so long; it tries a file several times first."""
+    from huggingface_hub import get_session
+
+    client = get_session()
+    before = client.timeout
+    client.timeout = seconds
+    try:
+        yield
+    finally:
+        client.timeout = before
 
 
 def _retried(call: Callable[[], Any], repo_id: str) -> Any:

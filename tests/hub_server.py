@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -13,14 +14,23 @@ from typing import Any
 class HubServer(ThreadingHTTPServer):
     """Keeps what arrived: `repos`, `files` of the last commit by name, `tokens`; answers `fail_with` where set.
 
-    `faults` are statuses that its next answers have; `cut_uploads` of files end half-way, the connection closed.
+    `faults` are statuses that its next answers have; `cut_uploads` of files end half-way, the connection closed. It
+    takes requests to a path that holds `silent_at` and never answers them.
     """
 
-    def __init__(self, *, fail_with: int | None = None, faults: tuple[int, ...] = (), cut_uploads: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        fail_with: int | None = None,
+        faults: tuple[int, ...] = (),
+        cut_uploads: int = 0,
+        silent_at: str | None = None,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.fail_with = fail_with
         self.faults = list(faults)
         self.cut_uploads = cut_uploads
+        self.silent_at, self.closed = silent_at, threading.Event()
         self.repos: list[dict[str, Any]] = []
         self.tokens: set[str | None] = set()
         self.commits: list[str] = []
@@ -36,7 +46,13 @@ class HubServer(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Quiet where a client has gone, or the test is over."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     def __exit__(self, *exception: object) -> None:
+        self.closed.set()
         self.shutdown()
         self.server_close()
 
@@ -99,6 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"commitUrl": url, "commitOid": "1" * 40, "hookOutput": ""})
 
     def _begin(self) -> bytes:
+        if self.server.silent_at is not None and self.server.silent_at in self.path:
+            self.server.closed.wait()
+            raise ConnectionAbortedError("the test is over")
         self.server.requests.append(f"{self.command} {self.path}")
         if not self.path.startswith("/lfs/"):
             self.server.tokens.add(self.headers.get("Authorization"))

@@ -136,7 +136,7 @@ def test_what_a_killed_save_left_is_tidied_up(left: str, tmp_path: Path) -> None
         make(begin(tmp_path), 6, sealed=False)
     elif left == "another LATEST":
         (tmp_path / LATEST).write_text("checkpoint-2\n")
-        (tmp_path / f".{LATEST}.new").write_text("check")
+        (tmp_path / f".{LATEST}.4194305.new").write_text("check")  # no process has so high a number
     elif left == "no LATEST":
         (tmp_path / LATEST).unlink()
     elif left == "one too many":

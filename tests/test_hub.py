@@ -145,6 +145,19 @@ def test_a_busy_hub_is_asked_again(run_folder: Path) -> None:
     assert not (run_folder / "push.json").exists()
 
 
+@pytest.mark.parametrize("place", ["/api/repos/create", "/commit/"])
+def test_a_hub_that_never_answers_is_down(place: str, run_folder: Path) -> None:
+    impatient = f"import chatalign.hub; chatalign.hub._SILENT_S = 0.5; {_PUSH}"
+    with HubServer(silent_at=place) as hub:
+        environment = hub_environment(hub.url, run_folder)
+        command = [sys.executable, "-c", impatient, str(run_folder), "private"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "HubError: me/pocket: the upload failed (" in done.stderr
+    assert hub.files == {}
+    assert json.loads((run_folder / "push.json").read_text())["repo"] == "me/pocket"
+
+
 @pytest.mark.slow
 def test_an_upload_that_is_cut_waits_until_it_is_asked_for(run_folder: Path) -> None:
     """A file that breaks off leaves no commit; `push --pending` sends the whole, from any folder above the run."""

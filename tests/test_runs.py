@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,23 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def write_often(path: Path) -> None:
+    for number in range(100):
+        write_json(path, {"a": number})
+
+
+def test_two_processes_write_a_file_whole_each(tmp_path: Path) -> None:
+    """As a report that is asked for while a run writes it."""
+    writers = [get_context("fork").Process(target=write_often, args=(tmp_path / "x.json",)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        if (tmp_path / "x.json").exists():
+            assert "a" in json.loads((tmp_path / "x.json").read_text())
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_a_parent_that_was_altered_is_refused_before_anything_is_written(recipe: SftRecipe, tmp_path: Path) -> None:
