@@ -69,7 +69,7 @@ def _reason(change: Change, before: Settings, now: Settings) -> str | None:
     key = change.key
     kernel = key in ("model.attention", "model.dtype")
     if covers("model", key) and not kernel and None in (now.get("lora"), before.get("lora")):
-        return "the trained weights come from the checkpoint, so that another start would change nothing"
+        return "the trained weights are the checkpoint's, whatever model is named"
     if key in _LORA_CARRIED and now.get("lora"):
         return None
     for never, reason in _NEVER.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from chatalign.inputs import NOT_IN_FINGERPRINT
@@ -46,7 +46,7 @@ def shown(value: Any) -> str:
 
 def changes_between(before: Settings, now: Settings) -> list[Change]:
     """Every key in which two values of :func:`inputs.run_inputs` differ, the recipe's first."""
-    found = list(_differences(before["recipe"], now["recipe"], ""))
+    found = [_with_runs(change, before, now) for change in _differences(before["recipe"], now["recipe"], "")]
     for role in sorted(before["parents"].keys() | now["parents"].keys()):
         one, other = before["parents"].get(role), now["parents"].get(role)
         if (one or {}).get("fingerprint") != (other or {}).get("fingerprint"):
@@ -105,6 +105,16 @@ def _key_of(name: str, settings: Settings) -> str:
             if (section or {}).get(field) == name:
                 return f"{key}.{field}"
     return f"models.{name}" if f"models.{name}" in sections else name
+
+
+def _with_runs(change: Change, before: Settings, now: Settings) -> Change:
+    """A change of a model's path, with the run in the place of the role that inputs hold where a run was taken."""
+    of_path = change.key.removesuffix(".name_or_path")
+    if of_path == change.key:
+        return change
+    role = of_path.removeprefix("models.")
+    runs = [_run(inputs["parents"].get(role)) for inputs in (before, now)]
+    return replace(change, before=runs[0] or change.before, now=runs[1] or change.now)
 
 
 def _run(parent: Settings | None) -> str | None:

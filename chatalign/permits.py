@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from chatalign import checkpoint
-from chatalign.artifact import CHECKPOINTS
+from chatalign.artifact import ARTIFACT_FILE, CHECKPOINTS
 from chatalign.check.launch import launch_of_config
 from chatalign.errors import RecipeError
 from chatalign.inputs import model_inputs
-from chatalign.launch import say
+from chatalign.launch import refuse_problems, say
 from chatalign.recipe import Recipe
 from chatalign.runs import finished, locked
 from chatalign.unfinished import is_finished, judged, settle
@@ -60,8 +60,13 @@ class Permits:
                 judged(recipe, made_here=self._made_here, **self._judging(name))
 
     def make_way(self, name: str) -> None:
-        """Settle what an unfinished run means for a stage whose turn it is, and say what was done about it."""
+        """Settle what an earlier run means for a stage whose turn it is, and say what was done about it.
+
+        A finished run of other inputs stays in its place where the new one couldn't begin.
+        """
         recipe = self.stages[name]
+        if (Path(recipe.output_dir) / ARTIFACT_FILE).exists():  # not looked at before the first stage, and moved aside
+            refuse_problems(recipe)
         with locked(recipe.output_dir):
             line = settle(recipe, force=self.force, made_here=self._made_here, **self._judging(name))
         if line:

@@ -98,7 +98,7 @@ def test_what_depends_on_the_rest_of_the_recipe() -> None:
     rows = ("sha256 1", "sha256 2")
     assert "TRL's loader" in str(reason("sft", "data.datasets.0.contents", rows, engine="trl"))
     assert "TRL's loader" in str(reason("kto", "processes", (1, 2)))
-    assert "would change nothing" in str(reason("sft", "model.weights", rows, lora=None))
+    assert "whatever model is named" in str(reason("sft", "model.weights", rows, lora=None))
     assert reason("sft", "model.attention", ("auto", "sdpa"), lora=None) is None
     plateau = {"train": {"lr_scheduler_type": "reduce_lr_on_plateau"}}
     assert "no function of the step" in str(reason("sft", "train.learning_rate", (1, 2), **plateau))

@@ -102,6 +102,11 @@ def test_a_parent_that_is_another_run_is_named_by_run(recipe: SftRecipe, tmp_pat
     artifact.model_copy(update={"run_id": "bbbb", "fingerprint": "2" * 64}).save(parent.folder)
     with pytest.raises(ChangedRunError, match=r"model\.run: run aaaa \(111111111111\) → run bbbb \(222222222222\)"):
         settle(child, processes=1)
+    elsewhere = over(child, model__name_or_path=str(tmp_path / "model"))
+    changes = {change.key: str(change) for change in changes_between(run_inputs(child), run_inputs(elsewhere))}
+    path = "model.name_or_path: run bbbb (222222222222) → "
+    assert changes["model.name_or_path"].startswith(path)
+    assert "model.run" in changes
     line = settle(child, processes=1, made_here=[str(parent.folder)])
     assert line == f"{tmp_path}/run: moved to {tmp_path}/run.previous, since it was begun otherwise (model.run)"
 

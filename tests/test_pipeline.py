@@ -151,6 +151,18 @@ def test_a_bad_row_of_the_last_stage_stops_the_first_from_starting(chain: Path, 
     assert ran == []
 
 
+def test_a_finished_run_stays_in_its_place_where_the_next_one_can_not_begin(chain: Path, ran: list[str]) -> None:
+    run_pipeline(chain)
+    rows = chain.parent / "sft.jsonl"
+    good = rows.read_text()
+    rows.write_text(good + '{"messages": 3}\n')
+    for force in (False, True):
+        with pytest.raises(DataError, match=r"^stage sft: .*sft\.jsonl:2: .*left out: reward, dpo$"):
+            run_pipeline(chain, force=force)
+    rows.write_text(good)
+    assert statuses(run_pipeline(chain)) == ["skipped"] * 3
+
+
 def test_every_stages_recipe_is_validated_before_the_first_runs(chain: Path, ran: list[str]) -> None:
     with pytest.raises(RecipeError, match=r"stage dpo .*`dpo.bata` is not a recipe key"):
         run_pipeline(chain, {"dpo.dpo.bata": 1})
