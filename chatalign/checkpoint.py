@@ -57,7 +57,8 @@ def publish(
         shutil.rmtree(place)
     os.replace(saved, place)
     saved.parent.rmdir()
-    sync(place.parent)
+    for folder in (place.parent, place.parent.parent):  # the latter: the first save made the folder of checkpoints
+        sync(folder)
     write_whole(place.parent / LATEST, f"{place.name}\n")
     return place
 

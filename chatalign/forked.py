@@ -1,7 +1,8 @@
-"""What a forked process owes the one that forked it: to end with it, even by kill -9, and to hold none of its locks.
+"""What a forked process owes the one that forked it: to end with it, even by kill -9.
 
-A worker of a pool waits on a queue that it holds the other end of, and so would wait for ever; and a lock that was
-taken before the fork (``flock``) is held until every process that has the file open has ended.
+A worker of a pool waits on a queue that it holds the other end of, and so would wait for ever, with the lock on the
+token cache (``flock``): one is held until every process that has the file open has ended. (A run's own lock is let go
+where a process is forked, see :func:`chatalign.runs.locked`.)
 """
 
 from __future__ import annotations

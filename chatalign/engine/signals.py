@@ -46,7 +46,8 @@ def handled(handler: Handler) -> Iterator[None]:
         yield
     finally:
         for number, earlier in before.items():
-            signal.signal(number, earlier)
+            if earlier is not None:  # what C code has set can't be set again from here
+                signal.signal(number, earlier)
 
 
 def end_by(number: int) -> None:

@@ -104,7 +104,9 @@ class Chain:
         process = context.Process(target=killed_chain.run, args=arguments)
         process.start()
         process.join(timeout=300)
-        assert process.exitcode is not None, "the chain hangs"
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError("the chain hangs")
         if process.exitcode == 0:
             self.points += [Point(**point) for point in json.loads(points.read_text())]
         return process.exitcode
