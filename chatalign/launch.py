@@ -228,7 +228,7 @@ def guarded(work: Callable[[], None], *, show_traceback: bool = False) -> int:
         print(f"chatalign: {where}: no room is left ({why}); {again}", file=sys.stderr)
         return EXIT_REFUSED
     except KeyboardInterrupt as error:
-        again = "the same command goes on from the last checkpoint"
+        again = "the same command goes on"
         print(f"chatalign: {error or 'SIGINT'}: interrupted; {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0

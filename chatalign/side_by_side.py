@@ -104,7 +104,7 @@ def side_by_side(progress: Progress, modules: Mapping[str, str], *, jobs: int, p
                 break
             time.sleep(_LOOK_EVERY_S)
     if received and progress.done != progress.stages.keys():
-        raise Interrupted("stopped; the same command goes on from the last checkpoints")
+        raise Interrupted("stopped; the same command goes on")
 
 
 def _start(

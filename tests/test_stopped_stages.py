@@ -94,7 +94,7 @@ def test_a_signal_before_or_after_training_ends_with_a_line_and_nothing_half_wri
         patch.setenv(STATUS_FILE, str(here / "status"))
         assert status_of(recipe.stage, module, recipe) == EXIT_INTERRUPTED
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line == f"chatalign: {number.name}: interrupted; the same command goes on from the last checkpoint"
+    assert line == f"chatalign: {number.name}: interrupted; the same command goes on"
     assert not (here / "status").exists()  # nothing was saved
     left = {path.name for path in Path(recipe.output_dir).iterdir()}
     assert left <= {"run.json", "recipe.yaml", "checkpoints", METRICS_FILE}
