@@ -6,6 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +53,10 @@ def train(folder: Path, tracker: str = "none", steps: int = 4) -> None:
     trainer.train()
 
 
+def arguments(*, eval_on_start: bool = False) -> Any:
+    return SimpleNamespace(eval_on_start=eval_on_start)
+
+
 def state_at(step: int, max_steps: int = 100) -> TrainerState:
     return TrainerState(global_step=step, max_steps=max_steps, epoch=step / 10)
 
@@ -74,18 +79,26 @@ def test_a_resume_drops_what_lies_beyond_its_step(tmp_path: Path) -> None:
     written = [{"step": step, "time_s": 10.0 * step, "loss": 1.0} for step in (5, 10, 15, 20)]
     path.write_text("".join(json.dumps(line) + "\n" for line in written) + '{"step": 25, "lo')
     callback = tracking.MetricsFile(path)
-    callback.on_train_begin(None, state_at(10), None)  # type: ignore[arg-type]
+    callback.on_train_begin(arguments(), state_at(10), None)  # type: ignore[arg-type]
     callback.on_log(None, state_at(15), None, logs={"loss": 0.5})  # type: ignore[arg-type]
     lines = read_metrics(path)
     assert [(line["step"], line["loss"]) for line in lines] == [(5, 1.0), (10, 1.0), (15, 0.5)]
     assert lines[-1]["time_s"] >= 100.0
-    callback.on_train_begin(None, state_at(0), None)  # type: ignore[arg-type]
+    callback.on_train_begin(arguments(), state_at(0), None)  # type: ignore[arg-type]
     assert read_metrics(path) == []
+
+
+def test_an_evaluation_that_is_made_again_is_logged_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5, "eval_loss": 3.0}\n{"step": 10, "loss": 1.0}\n{"step": 10, "eval_loss": 2.0}\n')
+    callback = tracking.MetricsFile(path)
+    callback.on_train_begin(arguments(eval_on_start=True), state_at(10), None)  # type: ignore[arg-type]
+    assert read_metrics(path) == [{"step": 5, "eval_loss": 3.0}, {"step": 10, "loss": 1.0}]
 
 
 def test_each_line_is_on_disk_at_once_and_is_json(tmp_path: Path) -> None:
     callback = tracking.MetricsFile(tmp_path / "metrics.jsonl")
-    callback.on_train_begin(None, state_at(0), None)  # type: ignore[arg-type]
+    callback.on_train_begin(arguments(), state_at(0), None)  # type: ignore[arg-type]
     logs = {"loss": math.nan, "ratio": math.inf, "score": torch.tensor(1.5), "text": "你好"}
     callback.on_log(None, state_at(1), None, logs=logs)  # type: ignore[arg-type]
     line = json.loads((tmp_path / "metrics.jsonl").read_text("utf-8"), parse_constant=pytest.fail)
