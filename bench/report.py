@@ -64,10 +64,20 @@ def speed(results: Sequence[Result]) -> float:
     return median(r["items_per_cpu_s"] for r in results)
 
 
-def best(arms: dict[str, list[Result]], *, ours: bool) -> str | None:
-    """The fastest of our arms, or of the peers'."""
-    found = [name for name in arms if name.startswith(OURS) == ours and not name.startswith(FLOOR)]
-    return max(found, key=lambda name: speed(arms[name]), default=None)
+def best(arms: dict[str, list[Result]]) -> tuple[str, str] | None:
+    """The fastest of our arms, and of the peers' the one that comes nearest to it, turn by turn.
+
+    Not the peer with the largest median: one that only ran in quiet turns would seem faster than it is.
+    """
+    ours = max((name for name in arms if name.startswith(OURS)), key=lambda name: speed(arms[name]), default=None)
+    if ours is None:
+        return None
+    peers = {
+        name: median(found)
+        for name in arms
+        if not name.startswith((OURS, FLOOR)) and (found := ratios(arms[ours], arms[name]))
+    }
+    return (ours, min(peers, key=peers.__getitem__)) if peers else None
 
 
 def ratios(ours: Sequence[Result], theirs: Sequence[Result]) -> list[float]:
@@ -97,9 +107,9 @@ def training_tables(results: Sequence[Result]) -> list[str]:
     order = {work: i for i, work in enumerate(BARS)}
     for (work, size), group in sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1])):
         arms = by_arm(group)
-        ours, peer = best(arms, ours=True), best(arms, ours=False)
-        if ours is None or peer is None:
+        if (pair := best(arms)) is None:
             continue
+        ours, peer = pair
         floors = [name for name in arms if name.startswith(FLOOR)]
         floor = max(floors, key=lambda name: speed(arms[name]), default=None)
         bar, goal = BARS[work]
@@ -261,11 +271,11 @@ def plot(results: Sequence[Result], file: Path) -> None:
     figure, axes = plt.subplots(-(-len(panels) // 3), min(3, len(panels)), figsize=(15, 3.4 * -(-len(panels) // 3)))
     for axis, key in zip(getattr(axes, "flat", [axes]), panels, strict=False):
         arms = by_arm(groups[key])
-        peer = best(arms, ours=False)
-        if peer is None:
+        if (pair := best(arms)) is None:
             continue
-        names = sorted(arms, key=lambda name: speed(arms[name]))
-        values = [speed(arms[name]) / speed(arms[peer]) for name in names]
+        over = {name: median(found) for name in arms if (found := ratios(arms[name], arms[pair[1]]))}
+        names = sorted(over, key=over.__getitem__)
+        values = [over[name] for name in names]
         colours = ["#d95f02" if n.startswith(OURS) else "#999999" if n.startswith(FLOOR) else "#7570b3" for n in names]
         axis.barh(names, values, color=colours)
         axis.axvline(1, color="black", linewidth=0.8)

@@ -56,14 +56,24 @@ def test_the_best_peer_is_the_fastest_and_never_the_floor_or_us(bench):
         result("llamafactory-tuned-float32", 25),
     ]
     arms = bench["report"].by_arm(results)
-    assert bench["report"].best(arms, ours=False) == "llamafactory-tuned-float32"
-    assert bench["report"].best(arms, ours=True) == "chatalign-default-float32"
+    assert bench["report"].best(arms) == ("chatalign-default-float32", "llamafactory-tuned-float32")
     row = bench["report"].training_tables(results)[2]
     assert "| 2.00 (2.00–2.00) × | ≥ 1.3, 1.6 | 1.25 (1.25–1.25) | 1.00 | ≤ 0.8 | all but memory |" in row
     results[0] |= {"items_per_cpu_s": 30, "peak_mb": 80}
     assert (
         "| 0.75 (0.75–0.75) | 0.80 | ≤ 0.8 | all but speed and floor |" in bench["report"].training_tables(results)[2]
     )
+
+
+def test_a_peer_that_ran_in_quiet_turns_alone_is_not_the_fastest_for_it(bench):
+    results = [
+        *(result("chatalign-default-float32", 50 * (1 + turn), repeat=turn) for turn in range(2)),
+        *(result("llamafactory-tuned-float32", 25 * (1 + turn), repeat=turn) for turn in range(2)),
+        result("trl-tuned-float32", 40, repeat=1),
+    ]
+    arms = bench["report"].by_arm(results)
+    assert bench["report"].speed(arms["trl-tuned-float32"]) > bench["report"].speed(arms["llamafactory-tuned-float32"])
+    assert bench["report"].best(arms) == ("chatalign-default-float32", "llamafactory-tuned-float32")
 
 
 def test_lora_is_held_against_our_own_full_fine_tuning(bench):
