@@ -38,95 +38,31 @@ def _end(work: Callable[[], None], traceback: bool = False) -> None:
     raise typer.Exit(guarded(work, show_traceback=traceback))
 
 
-def _stage(
-    stage: str, recipe: str, overrides: list[str] | None, force: bool, allow_change: list[str] | None, traceback: bool
-) -> None:
-    flags = ["--force"] * force + ["--traceback"] * traceback + [f"--allow-change={key}" for key in allow_change or []]
-    launch_stage(stage, [recipe, *(overrides or []), *flags])
+def _add_stage(stage: str, what: str) -> None:
+    def command(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        force: Force = False,
+        allow_change: AllowChange = None,
+        traceback: Trace = False,
+    ) -> None:
+        flags = ["--force"] * force + ["--traceback"] * traceback
+        flags += [f"--allow-change={key}" for key in allow_change or []]
+        launch_stage(stage, [recipe, *(overrides or []), *flags])
+
+    app.command(stage, help=what)(command)
 
 
-@app.command()
-def pretrain(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    force: Force = False,
-    allow_change: AllowChange = None,
-    traceback: Trace = False,
-) -> None:
-    """Next-token training on plain text."""
-    _stage("pretrain", recipe, overrides, force, allow_change, traceback)
-
-
-@app.command()
-def sft(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    force: Force = False,
-    allow_change: AllowChange = None,
-    traceback: Trace = False,
-) -> None:
-    """Supervised fine-tuning on demonstrations."""
-    _stage("sft", recipe, overrides, force, allow_change, traceback)
-
-
-@app.command()
-def reward(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    force: Force = False,
-    allow_change: AllowChange = None,
-    traceback: Trace = False,
-) -> None:
-    """A reward model from preference pairs."""
-    _stage("reward", recipe, overrides, force, allow_change, traceback)
-
-
-@app.command()
-def dpo(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    force: Force = False,
-    allow_change: AllowChange = None,
-    traceback: Trace = False,
-) -> None:
-    """Direct preference optimisation."""
-    _stage("dpo", recipe, overrides, force, allow_change, traceback)
-
-
-@app.command()
-def ppo(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    force: Force = False,
-    allow_change: AllowChange = None,
-    traceback: Trace = False,
-) -> None:
-    """PPO against a reward model or Python rewards."""
-    _stage("ppo", recipe, overrides, force, allow_change, traceback)
-
-
-@app.command()
-def kto(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    force: Force = False,
-    allow_change: AllowChange = None,
-    traceback: Trace = False,
-) -> None:
-    """KTO on unpaired feedback, run by TRL."""
-    _stage("kto", recipe, overrides, force, allow_change, traceback)
-
-
-@app.command("eval")
-def evaluate(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    force: Force = False,
-    allow_change: AllowChange = None,
-    traceback: Trace = False,
-) -> None:
-    """Measure models side by side."""
-    _stage("eval", recipe, overrides, force, allow_change, traceback)
+for _name, _what in {
+    "pretrain": "Next-token training on plain text.",
+    "sft": "Supervised fine-tuning on demonstrations.",
+    "reward": "A reward model from preference pairs.",
+    "dpo": "Direct preference optimisation.",
+    "ppo": "PPO against a reward model or Python rewards.",
+    "kto": "KTO on unpaired feedback, run by TRL.",
+    "eval": "Measure models side by side.",
+}.items():
+    _add_stage(_name, _what)
 
 
 @app.command()
