@@ -76,8 +76,23 @@ def _is_norm(module: Any) -> bool:
 
 
 def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
-    down: Tensor = mlp.down_proj(fused.swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
-    return down
+    gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
+    if _trains_as_it_stands(down):
+        return fused.swiglu_linear(gate, up, down.weight, down.bias)
+    out: Tensor = down(fused.swiglu(gate, up))
+    return out
+
+
+def _trains_as_it_stands(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one and no more: no adapter, not quantised or sharded, nobody listening."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.requires_grad
+        and "forward" not in vars(layer)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
 
 
 def _is_gated(module: Any) -> bool:

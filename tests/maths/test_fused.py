@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from chatalign.maths import fused
@@ -31,6 +32,10 @@ def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * gate.sigmoid() * up
+
+
+def plain_swiglu_linear(gate: Tensor, up: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    return plain_swiglu(gate, up) @ weight_OI.t() + bias_O
 
 
 def plain_lora(x: Tensor, weight_OI: Tensor, bias_O: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
@@ -66,6 +71,8 @@ def test_norm_and_gated_unit_are_their_formulas(leading: tuple[int, ...], dtype:
     x, weight_D, up = torch.randn(*leading, D, dtype=dtype), torch.randn(D, dtype=dtype), torch.randn(*leading, D)
     assert_same(lambda *y: fused.rms_norm(*y, 1e-3), plain_norm, [x, weight_D])
     assert_same(fused.swiglu, plain_swiglu, [3 * x, up.to(dtype)])
+    last = [torch.randn(OUT, D, dtype=dtype), torch.randn(OUT, dtype=dtype)]
+    assert_same(fused.swiglu_linear, plain_swiglu_linear, [3 * x, up.to(dtype), *last])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,9 +123,32 @@ def test_gradcheck_in_double() -> None:
     assert torch.autograd.gradcheck(lambda x, w: fused.rms_norm(x, w, 1e-2), (draw(2, 3, D), draw(D)))
     assert torch.autograd.gradcheck(lambda x: fused.rotary(x, cos, sin), (draw(2, 3, D),))
     assert torch.autograd.gradcheck(fused.swiglu, (draw(2, 3, D), draw(2, 3, D)))
+    assert torch.autograd.gradcheck(fused.swiglu_linear, (draw(2, 3, D), draw(2, 3, D), draw(OUT, D), draw(OUT)))
     assert torch.autograd.gradcheck(
         lambda x, a, b: fused.lora_linear(x, weight_OI, bias_O, a, b, 1.7), (draw(2, 3, D), draw(R, D), draw(OUT, R))
     )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_product_that_is_made_again_is_the_same_to_the_bit_and_is_not_kept(autocast: bool) -> None:
+    inputs = [torch.randn(40, 64), torch.randn(40, 64), torch.randn(48, 64)]
+    results, kept = [], []
+    for function in (fused.swiglu_linear, lambda gate, up, w, b: F.linear(fused.swiglu(gate, up), w, b)):
+        saved: dict[int, Tensor] = {}
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+            saved_tensors_hooks(lambda x, saved=saved: saved.setdefault(x.data_ptr(), x), lambda x: x),
+        ):
+            half = torch.bfloat16 if autocast else torch.float32  # what the linear layers before it give
+            out = function(leaves[0].to(half), leaves[1].to(half), leaves[2], None)
+        out.float().pow(2).sum().backward()
+        results.append([out, *(x.grad for x in leaves)])
+        kept.append(sum(x.nbytes for x in saved.values() if x.shape == (40, 64)))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    assert kept[0] * 3 == kept[1] * 2
 
 
 def test_a_frozen_weight_or_input_takes_no_gradient() -> None:
