@@ -6,6 +6,8 @@ on a few tokens; everything here keeps an amount per token, so the rest is arith
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +68,12 @@ def layers_to_checkpoint(step: StepMemory, tokens: int, available: float) -> int
 def optimizer_bytes(optim: str) -> float:
     """Bytes of state for each trained weight, by ``TrainingArguments.optim``'s name."""
     return next((size for name, size in _OPTIMIZER_BYTES.items() if name in optim), _ADAMW_BYTES)
+
+
+def give_back_freed() -> None:
+    """Hand the host memory that was freed back to the system, where the C library can (glibc; nothing elsewhere)."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -17,6 +17,7 @@ from chatalign.data import Prepared
 from chatalign.engine import levers
 from chatalign.engine.defaults import learning_rate
 from chatalign.engine.disk import model_bytes, room_for
+from chatalign.engine.memory import give_back_freed
 from chatalign.errors import RecipeError
 from chatalign.models.adapters import save_model
 from chatalign.models.generation import refuse_other_stops
@@ -115,6 +116,7 @@ def train(trainer: Any, run: Run) -> float:
     if trainer.args.should_save:
         checkpoint.tidy(run.checkpoints, found, keep=trainer.recipe.train.save_total_limit, run_id=run.run_id)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
+    give_back_freed()  # a step's activations: the plots and tables of a report would come on top of them
     return time.perf_counter() - started
 
 
