@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from chatalign.engine import flex_attention, varlen_attention
+from chatalign.engine import cpu_attention, flex_attention, varlen_attention
 from chatalign.errors import ModelError
 from chatalign.maths.masked import at_least_fp32
 
@@ -210,6 +210,8 @@ def _segment_by_segment(
     """SDPA on each group of equal segments; (1, T, H, D)."""
     if query.device.type != "cpu":
         return _grouped(query, key, value, plan, dropout, scaling, softcap)
+    if softcap is None and cpu_attention.fits(query, key, value, dropout):
+        return cpu_attention.attend(query, key, value, plan, scaling=scaling)
     # bf16 would save nothing: SDPA's backward pass takes 3 × as long in it (measured, with AMX).
     dtype = value.dtype
     query, key, value = (at_least_fp32(x) for x in (query, key, value))
