@@ -210,7 +210,7 @@ def _segment_by_segment(
     """SDPA on each group of equal segments; (1, T, H, D)."""
     if query.device.type != "cpu":
         return _grouped(query, key, value, plan, dropout, scaling, softcap)
-    if softcap is None and cpu_attention.fits(query, key, value, dropout):
+    if softcap is None and cpu_attention.fits(query, key, value, plan, dropout):
         return cpu_attention.attend(query, key, value, plan, scaling=scaling)
     # bf16 would save nothing: SDPA's backward pass takes 3 × as long in it (measured, with AMX).
     dtype = value.dtype

@@ -6,13 +6,16 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch._functorch.config as functorch_config
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from chatalign.engine.attention import register
 from chatalign.engine.isolation import unwrapped
-from chatalign.engine.replaced import noting_replaced
+from chatalign.engine.replaced import noting_replaced, replace
 from chatalign.errors import ModelError
+
+_BUDGET = 0.9  # of what the compiler would keep for the backward pass; far less would make products again
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -26,8 +29,13 @@ def compile_layers(model: nn.Module, *, checkpointed: int = 0) -> None:
     Attention runs outside, between two compiled parts: the segments differ in every batch, and each would be a
     recompilation. The first `checkpointed` layers are compiled in their parts, since the compiler leaves what a
     checkpoint wraps as it is where anything in it can't be compiled.
+
+    On a CPU the compiler keeps what products give and makes elementwise results again: a quarter less kept, for 3 % of
+    the time (measured at 25M).
     """
     register(opaque=True)
+    if next(model.parameters()).device.type == "cpu":
+        replace(functorch_config, "activation_memory_budget", _BUDGET)
     for i, layer in enumerate(decoder_layers(model)):
         for part in layer.children() if i < checkpointed else (layer,):
             part.compile(dynamic=True)

@@ -20,11 +20,14 @@ HEADS, SIZE = 4, 32
 PLANS = {
     "one": plan_of((9, None)),
     "long": plan_of((200, None), (1, None), (150, None), (200, None)),
-    "equal": plan_of(*((length, None) for length in (5, 7, 1, 7, 1, 5, 7))),
-    "pair": plan_of((30, None), (150, 0), (170, 0)),
-    "equal replies": plan_of((12, None), (6, 0), (6, 0), (12, None), (6, 3), (1, 3)),
-    "three replies": plan_of((5, None), (140, 0), (3, None), (7, 0), (140, 2), (140, 0), (2, 2)),
+    "short": plan_of(*((length, None) for length in (5, 7, 1, 7, 1, 5, 7))),
+    "unequal": plan_of((30, None), (150, None), (2, None), (170, None)),
 }
+
+
+@pytest.fixture(autouse=True)
+def _at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "_MEAN_LENGTH", 1)
 
 
 def inputs(plan: SegmentPlan, qk: torch.dtype, v: torch.dtype, *, heads_first: bool = False) -> list[Tensor]:
@@ -86,7 +89,7 @@ def test_it_is_masked_attention_over_the_row(name: str) -> None:
 @pytest.mark.parametrize("short", [0, 2**30], ids=["each alone", "stacked"])
 def test_gradients_are_those_of_differences(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "_SHORT", short)
-    plan = plan_of((2, None), (3, 0), (1, None), (3, 0), (2, 2))
+    plan = plan_of((2, None), (3, None), (1, None), (3, None), (2, None))
     qkv = [torch.randn(1, 2, 11, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(lambda *rows: cpu_attention.attend(*rows, plan, scaling=0.7), qkv)
 
@@ -103,7 +106,7 @@ def test_inputs_and_output_alone_are_kept(name: str, dtype: torch.dtype) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_attention, "fits", lambda *_: False)
         own = bytes_kept(plan, rows)
-    assert kept <= own if dtype == torch.float32 and not any(plan.prefixes) else kept < own
+    assert kept <= own if dtype == torch.float32 else kept < own
 
 
 def bytes_kept(plan: SegmentPlan, rows: list[Tensor]) -> int:
@@ -120,8 +123,8 @@ def bytes_kept(plan: SegmentPlan, rows: list[Tensor]) -> int:
     return sum(storages.values())
 
 
-def test_grouped_heads_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = PLANS["pair"]
+def test_grouped_heads_and_autocast() -> None:
+    plan = PLANS["unequal"]
     query, key, value, grad = inputs(plan, torch.float32, torch.bfloat16)
     fewer = [x[:, ::2].detach().requires_grad_() for x in (key, value)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -138,7 +141,7 @@ def test_grouped_heads_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_evaluation_and_checkpointing() -> None:
-    plan = PLANS["pair"]
+    plan = PLANS["unequal"]
     *qkv, grad = rows = inputs(plan, torch.float32, torch.bfloat16)
     expected, *gradients = results(plan, rows)
     with torch.no_grad():
@@ -151,7 +154,7 @@ def test_evaluation_and_checkpointing() -> None:
 
 
 def test_what_the_kernel_lacks_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, calls = PLANS["equal replies"], list[Any]()
+    plan, calls = PLANS["short"], list[Any]()
     attend = cpu_attention.attend
     monkeypatch.setattr(cpu_attention, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs))
     query, key, value, _ = inputs(plan, torch.float32, torch.float32)
@@ -170,3 +173,13 @@ def test_what_the_kernel_lacks_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(output, whole, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(narrow, whole[..., :8], atol=1e-5, rtol=1e-5)
     assert len(calls) == 1
+
+
+def test_prefixes_and_short_segments_are_left_to_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    pair, short, long = (plan_of(*segments) for segments in ([(80, None), (90, 0)], [(63, None)] * 2, [(64, None)] * 2))
+    chosen = []
+    for plan in (pair, short, long):
+        *qkv, _ = inputs(plan, torch.float32, torch.float32)
+        chosen.append(cpu_attention.fits(*qkv, plan, 0.0))
+    assert chosen == [False, False, True]

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from tiny import make_llama
 from torch._dynamo.utils import counters
+from torch.autograd.graph import saved_tensors_hooks
 
 from chatalign import check
 from chatalign.engine import model_setup
@@ -25,6 +27,7 @@ from chatalign.engine.levers import LIGER_LOSSES, Hardware, Levers, choose, desc
 from chatalign.engine.memory import StepMemory, layers_to_checkpoint, measure_step, optimizer_bytes
 from chatalign.engine.model_setup import largest_batch, with_kernels
 from chatalign.engine.offloading import OffloadedActivations
+from chatalign.engine.replaced import put_back
 from chatalign.engine.stage import argument_values
 from chatalign.errors import DependencyError, ModelError, RecipeError
 from chatalign.maths import fused
@@ -196,6 +199,22 @@ def test_compiled_layers_keep_the_fused_lora_product_and_nothing_else(monkeypatc
         found, expected = (loss_and_gradient(model, flat_batch(*lengths)) for model in (compiled, plain))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert traced
+
+
+@pytest.mark.slow
+def test_compiled_layers_keep_what_products_give_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    model = make_llama(VOCABULARY, num_hidden_layers=2)
+    width = model.config.intermediate_size
+    enable_segments(model)
+    compile_layers(model)
+    kept: dict[int, torch.Tensor] = {}
+    with saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        loss_and_gradient(model, flat_batch(9, 7))
+    wide = [x for x in kept.values() if x.shape[-1:] == (width,) and x.numel() == 16 * width]
+    assert len(wide) == 2 * 2  # gate and up of each layer, not their product
+    put_back()
+    assert functorch_config.activation_memory_budget == 1.0
 
 
 @pytest.mark.slow
