@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from chatalign.engine.defaults import LEARNING_RATES, learning_rate
 from chatalign.engine.lm_trainer import LmTrainer
+from chatalign.engine.memory import give_back_freed
 from chatalign.engine.stage import last_means, training_arguments
 from chatalign.errors import RecipeError
 from chatalign.recipe.stages import STAGES
@@ -64,3 +68,19 @@ def test_bfloat16_computes_in_half_and_keeps_full_weights(tmp_path: Path) -> Non
     assert first[1] == pytest.approx(first[0], rel=1e-2)
     assert first[1] != first[0]
     assert {values.dtype for values in weights(half).values()} == {torch.float32}
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_freed_memory_is_given_back() -> None:
+    torch.ones(2**22, dtype=torch.uint8)  # and freed: from now on glibc takes blocks of 4 MiB from its heap
+    blocks = [torch.ones(2**20, dtype=torch.uint8) for _ in range(200)]
+    full = resident_mb()
+    blocks[:] = blocks[19::20]  # some are above all others: the heap's end can't be drawn in
+    assert full - resident_mb() < 50
+    give_back_freed()
+    assert full - resident_mb() > 150
+    assert all(block.all() for block in blocks)
