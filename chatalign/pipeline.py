@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -58,8 +59,13 @@ def run_stage(recipe: Recipe) -> Artifact:
     """Run one stage to its artifact, whatever its kind; imports the stage's module on the way."""
     quiet_libraries()
     with phase("import"):
-        module = import_once(STAGE_MODULES[recipe.stage])
+        module = _imported(recipe)
     return module.run(recipe)
+
+
+def _imported(recipe: Recipe) -> ModuleType:
+    adapter = getattr(recipe, "lora", None) is not None and recipe.stage != "ppo"  # replies' products are of many kinds
+    return import_once(STAGE_MODULES[recipe.stage], adapter=adapter)
 
 
 def resolve_stages(pipeline: PipelineRecipe, path: str | Path) -> dict[str, Recipe]:
@@ -206,7 +212,7 @@ def _run_here(recipe: Recipe, beside: Beside) -> None:
     """Run a stage in this process, which is afterwards as it was before."""
     untouched = "torch" not in sys.modules
     with phase("import"):
-        import_once(STAGE_MODULES[recipe.stage])
+        _imported(recipe)
     if untouched:
         beside.begin(recipe)
     with locked(recipe.output_dir), as_if_alone():

@@ -7,6 +7,7 @@ import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pipeline_module, "hand_out", lambda recipe, report: None)
     monkeypatch.setattr(Beside, "begin", lambda self, first: None)
     monkeypatch.setattr(pipeline_module, "catch_up", lambda recipe: None)
-    monkeypatch.setattr(pipeline_module, "import_once", lambda name: None)
+    monkeypatch.setattr(pipeline_module, "import_once", lambda name, *, adapter: None)
     monkeypatch.setattr(pipeline_module, "as_if_alone", nullcontext)
     return path
 
@@ -348,3 +349,17 @@ def test_side_by_side_a_stage_that_can_not_begin_leaves_out_those_that_need_it(p
     words = "^stage sft: .*another chatalign run writes here; .*; left out: reward, dpo$"
     with locked(processes.parent / "runs" / "sft"), pytest.raises(RecipeError, match=words):
         run_pipeline(processes, jobs=2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "raw", "expected"), [("sft", {"r": 4}, True), ("sft", None, False), ("ppo", {}, False)]
+)
+def test_a_stage_is_imported_as_what_it_will_train(
+    stage: str, raw: dict[str, Any] | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    done = SimpleNamespace(run=lambda recipe: asked.append(recipe))
+    monkeypatch.setattr(pipeline_module, "import_once", lambda name, *, adapter: asked.append((name, adapter)) or done)
+    recipe: Any = SimpleNamespace(stage=stage, lora=raw)
+    pipeline_module.run_stage(recipe)
+    assert asked == [(f"chatalign.{stage}", expected), recipe]

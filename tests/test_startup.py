@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,15 @@ def test_a_fresh_process_imports_a_stage_without_collecting_and_keeps_it_out_of_
     assert later == frozen, "a process that has torch may hold a model: it must not be frozen"
     assert enabled
     assert allocation == ["1", "8", "7"], "what keeps a training's memory small, but for what the user set"
+
+
+def test_a_process_that_trains_an_adapter_keeps_the_kernels_of_its_products() -> None:
+    code = (
+        "import os\n"
+        "from chatalign.warm import import_once\n"
+        "import_once('json', adapter=True)\n"
+        "print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'], os.environ['LRU_CACHE_CAPACITY'])"
+    )
+    unset = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=unset)
+    assert done.stdout.split() == ["32", "32"]

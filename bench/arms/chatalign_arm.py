@@ -64,7 +64,7 @@ def main() -> None:
     import chatalign
     from chatalign.warm import import_once
 
-    import_once(f"chatalign.{STAGE}")  # as the command does, before anything imports torch
+    import_once(f"chatalign.{STAGE}", adapter="lora" in ARGS.work)  # as the command does, before anything imports torch
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "recipe.yaml"
         file.write_text(yaml.safe_dump(recipe(Path(name))))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from chatalign.engine.attention import segment_inputs
-from chatalign.engine.isolation import unwrapped
+from chatalign.engine.isolation import computes_in_half, unwrapped
 from chatalign.maths import logprobs
 
 # Of fp32 logits. Below the first the plain head is as fast and small; a CPU's chunks should stay near its caches.
@@ -28,6 +28,7 @@ _PLAIN_LOGITS_BYTES = 8 * 2**20
 _CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 # A CPU's bf16 kernels are compiled for each new shape: 1.5 × the time of a step's products (measured, AMX).
 HALF_MULTIPLE = 128
+_IN_HALF = "chatalign_in_half"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,12 @@ def _output_layer_forward(layer: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def enable_chunked_head(model: nn.Module) -> bool:
-    """Let :func:`token_logprobs` use the chunked head on this model; False where its logits are not the layer's own."""
+    """Let :func:`token_logprobs` use the chunked head on this model; False where its logits are not the layer's own.
+
+    Called under the autocast that the model will run in: accelerate's is on within the model's forward pass alone.
+    """
     base = unwrapped(model)
+    setattr(base, _IN_HALF, computes_in_half(model))
     layer = base.get_output_embeddings()
     if layer is None or type(layer) is not nn.Linear or layer.weight.is_meta or hasattr(layer.weight, "ds_id"):
         return False
@@ -111,7 +116,7 @@ def token_logprobs(
 
     `model` is the model as it is trained, wrappers and all. The entropy carries a gradient with `entropy_grad`.
     """
-    padded, extra = _rounded_up(batch)
+    padded, extra = _rounded_up(model, batch)
     logps_K, entropy_K = _token_logprobs(model, padded, temperature, entropy, entropy_grad)
     if not extra:
         return logps_K, entropy_K
@@ -120,7 +125,7 @@ def token_logprobs(
 
 def sum_of_logprobs(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Σ log p of a flat batch's targets, one number in nats: what :func:`token_logprobs` gives, summed, for less."""
-    padded, extra = _rounded_up(batch)
+    padded, extra = _rounded_up(model, batch)
     chunk = _chunk_tokens(model, padded["targets"])
     if not chunk:
         return token_logprobs(model, batch)[0].sum()
@@ -132,10 +137,11 @@ def sum_of_logprobs(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return total.sum()
 
 
-def _rounded_up(batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
+def _rounded_up(model: nn.Module, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """The batch with so many targets repeated at its end that half-precision kernels meet few shapes; how many."""
     targets, kept = batch["targets"], batch["predict_positions"]
-    extra = -len(kept) % HALF_MULTIPLE if kept.device.type == "cpu" and torch.is_autocast_enabled("cpu") else 0
+    half = getattr(unwrapped(model), _IN_HALF, False) or torch.is_autocast_enabled("cpu")
+    extra = -len(kept) % HALF_MULTIPLE if half and kept.device.type == "cpu" else 0
     if not extra or not len(kept):
         return batch, 0
     more = {"targets": _repeat_last(targets, extra), "predict_positions": _repeat_last(kept, extra)}

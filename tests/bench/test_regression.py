@@ -154,9 +154,10 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Step]:
 
 
 # Recorded with torch 2.13 and transformers 5.23. Where those moved and nothing here did, record again. One wait a
-# backward pass is the guard's on the loss's shares, which looks at one step in 64 where waiting costs time.
+# backward pass is the guard's on the loss's shares, which looks at one step in 64 where waiting costs time. LoRA's were
+# 357 before a layer and its adapter became one product: more operators, most on a weight's or an adapter's size.
 @pytest.mark.parametrize(
-    ("work", "operators", "waits"), [("sft", 299, 3), ("lora", 357, 3), ("dpo", 624, 7)], ids=lambda value: str(value)
+    ("work", "operators", "waits"), [("sft", 299, 3), ("lora", 449, 3), ("dpo", 624, 7)], ids=lambda value: str(value)
 )
 def test_operators_of_a_step(steps: dict[str, Step], work: str, operators: int, waits: int) -> None:
     found = steps[work]

@@ -191,6 +191,18 @@ def test_a_run_in_bf16_counts_tokens_without_the_padding(tmp_path: Path, monkeyp
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+def test_a_run_in_bf16_rounds_its_targets_up(tmp_path: Path) -> None:
+    # accelerate's autocast is on within the model's forward pass alone, so that the batch's code doesn't see it.
+    seen: dict[bool, list[int]] = {True: [], False: []}
+    for bf16, counts in seen.items():
+        one = make_trainer(tmp_path / str(bf16), lm_rows(6), bf16=bf16)
+        head = one.model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda _layer, inputs, counts=counts: counts.append(inputs[0].shape[-2]))
+        one.train()
+    assert set(seen[True]) == {128}
+    assert 0 < max(seen[False]) < 128
+
+
 def small_window() -> Any:
     from transformers import MistralConfig, MistralForCausalLM
 

@@ -204,10 +204,11 @@ def peft_layer(bias: bool) -> Any:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("x_grad", [False, True])
-def test_lora_is_pefts_layer(bias: bool, x_grad: bool, autocast: bool) -> None:
+@pytest.mark.parametrize("rows", [9, 60])  # fewer tokens than outputs, and more: B A joins dx, or W
+def test_lora_is_pefts_layer(rows: int, bias: bool, x_grad: bool, autocast: bool) -> None:
     layer = peft_layer(bias)
     twin = copy.deepcopy(layer)
-    inputs = [torch.randn(2, 9, 64).requires_grad_(x_grad)]
+    inputs = [torch.randn(2, rows, 64).requires_grad_(x_grad)]
     inputs.append(inputs[0].detach().clone().requires_grad_(x_grad))
     base = layer.base_layer
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
