@@ -5,10 +5,12 @@ All else is the process's own: memory, environment, working folder and exit stat
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 # As tests/faults names them, so that both have one server. It looks for nothing beside the tests.
 PRELOADED = ["chatalign.pipeline", "chatalign.sft", "chatalign.reward", "chatalign.dpo", "chatalign.ppo"]
 LIMIT_S = 300
+_DUMP_S = 0.95 * LIMIT_S
 
 
 def start(
@@ -59,24 +62,44 @@ def run_ranks(
         port = free.getsockname()[1]
     group = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(environment or {})}
+    files = [printed.with_name(f"{printed.stem}.{rank}{printed.suffix}") for rank in range(count)]
     started = [
         start(
-            _on_one_thread,
+            _rank,
             target,
-            *arguments,
-            printed=printed,
+            arguments,
+            _stacks(file),
+            printed=file,
             environment=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in range(count)
+        for rank, file in enumerate(files)
     ]
+    ends = time.monotonic() + LIMIT_S
     for process in started:
-        process.join(timeout=LIMIT_S)
-        process.kill()  # hung: no-one waits for the others either
-    assert [process.exitcode for process in started] == [0] * count, printed.read_text("utf-8", "replace")[-6000:]
+        process.join(timeout=max(0.0, ends - time.monotonic()))
+    for process in started:
+        process.kill()
+        process.join()
+    codes = [process.exitcode for process in started]
+    assert codes == [0] * count, "\n".join(map(_said, codes, files))
 
 
-def _on_one_thread(target: Callable[..., Any], *arguments: Any) -> None:
+def _rank(target: Callable[..., Any], arguments: tuple[Any, ...], stacks: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    target(*arguments)
+    with stacks.open("w") as file:
+        faulthandler.dump_traceback_later(_DUMP_S, file=file)  # where it hangs, if it does
+        target(*arguments)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _stacks(printed: Path) -> Path:
+    return printed.with_suffix(".stacks")
+
+
+def _said(code: int | None, printed: Path) -> str:
+    """What became of a rank: its status, what it printed last and, where it hung, its main thread's stack."""
+    said = f"{printed.stem} ended with {code}:\n{printed.read_text('utf-8', 'replace')[-2000:]}"
+    stack = _stacks(printed).read_text().rpartition("Thread 0x")[2]
+    return f"{said}\nafter {_DUMP_S:.0f} s it was at {stack[:2000]}" if stack else said
