@@ -57,7 +57,7 @@ def arms_of(work: str) -> list[Arm]:
     """
     both = ("bfloat16", "float32")
     arms = [Arm("chatalign_arm", None, "default", dtype) for dtype in both]
-    arms.append(Arm("chatalign_arm", None, "tuned", "bfloat16"))
+    arms += [Arm("chatalign_arm", None, "tuned", dtype) for dtype in both]
     if work.startswith("sft"):
         arms += [Arm("floor", None, "default", dtype) for dtype in both]
     for script, peer in (("trl_arm", "trl"), ("llamafactory_arm", "llamafactory"), ("ms_swift_arm", "ms-swift")):

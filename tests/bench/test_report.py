@@ -174,4 +174,4 @@ def test_an_arm_without_its_environment_is_left_out(bench, tmp_path, monkeypatch
     monkeypatch.setattr(bench["run"], "VENVS", tmp_path)
     names = {arm.name for arm in bench["run"].arms_of("sft")}
     plain = {f"{who}-default-{dtype}" for who in ("chatalign", "floor") for dtype in ("float32", "bfloat16")}
-    assert names == plain | {"chatalign-tuned-bfloat16"}
+    assert names == plain | {"chatalign-tuned-bfloat16", "chatalign-tuned-float32"}
