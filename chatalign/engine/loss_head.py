@@ -140,7 +140,7 @@ def sum_of_logprobs(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 def _rounded_up(model: nn.Module, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """The batch with so many targets repeated at its end that half-precision kernels meet few shapes; how many."""
     targets, kept = batch["targets"], batch["predict_positions"]
-    half = getattr(unwrapped(model), _IN_HALF, False) or torch.is_autocast_enabled("cpu")
+    half = getattr(unwrapped(model), _IN_HALF, False) or torch.is_autocast_enabled("cpu")  # or the caller's own
     extra = -len(kept) % HALF_MULTIPLE if half and kept.device.type == "cpu" else 0
     if not extra or not len(kept):
         return batch, 0

@@ -151,14 +151,14 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, weight_OI, a_RI, b_OR, low_TR = ctx.saved_tensors
         dtype = grad_TO.dtype
-        a, b = a_RI.to(dtype), b_OR.to(dtype)
-        dlow_TR = (grad_TO @ b).mul_(ctx.scaling)
+        down_RI, up_OR = a_RI.to(dtype), b_OR.to(dtype)
+        dlow_TR = (grad_TO @ up_OR).mul_(ctx.scaling)
         dx_TI = None
         # To add to W is less than to add to dx; compiled code would be compiled again for short batches.
         if ctx.needs_input_grad[0] and (torch.compiler.is_compiling() or len(weight_OI) <= len(grad_TO)):
-            dx_TI = grad_TO @ (weight_OI + (b @ a) * ctx.scaling).to(dtype)
+            dx_TI = grad_TO @ (weight_OI + (up_OR @ down_RI) * ctx.scaling).to(dtype)
         elif ctx.needs_input_grad[0]:
-            dx_TI = (grad_TO @ weight_OI.to(dtype)).addmm_(dlow_TR, a)
+            dx_TI = (grad_TO @ weight_OI.to(dtype)).addmm_(dlow_TR, down_RI)
         # The thin factor first and in order: a wide one would be turned in memory, for 1.3 × the product's time.
         da_RI, db_RO = dlow_TR.t().contiguous() @ x_TI, low_TR.t().contiguous() @ grad_TO
         db_OR = db_RO.mul_(ctx.scaling).to(b_OR.dtype).t().contiguous()
