@@ -81,7 +81,7 @@ def run_ranks(
         process.kill()
         process.join()
     codes = [process.exitcode for process in started]
-    assert codes == [0] * count, "\n".join(map(_said, codes, files))
+    assert codes == [0] * count, f"ranks ended with {codes}\n" + "".join(map(_said, files))
 
 
 def _rank(target: Callable[..., Any], arguments: tuple[Any, ...], stacks: Path) -> None:
@@ -89,17 +89,21 @@ def _rank(target: Callable[..., Any], arguments: tuple[Any, ...], stacks: Path) 
 
     torch.set_num_threads(1)
     with stacks.open("w") as file:
-        faulthandler.dump_traceback_later(_DUMP_S, file=file)  # where it hangs, if it does
+        faulthandler.enable(file)  # where it crashes, if it does
+        faulthandler.dump_traceback_later(_DUMP_S, file=file)  # or hangs
         target(*arguments)
         faulthandler.cancel_dump_traceback_later()
+        faulthandler.disable()
 
 
 def _stacks(printed: Path) -> Path:
     return printed.with_suffix(".stacks")
 
 
-def _said(code: int | None, printed: Path) -> str:
-    """What became of a rank: its status, what it printed last and, where it hung, its main thread's stack."""
-    said = f"{printed.stem} ended with {code}:\n{printed.read_text('utf-8', 'replace')[-2000:]}"
-    stack = _stacks(printed).read_text().rpartition("Thread 0x")[2]
-    return f"{said}\nafter {_DUMP_S:.0f} s it was at {stack[:2000]}" if stack else said
+def _said(printed: Path) -> str:
+    """What a rank printed last and, where it crashed or hung, which thread was where: in short, as CI's record is."""
+    stacks = _stacks(printed).read_text()
+    _, current, stack = stacks.partition("Current thread")
+    stack = stack if current else stacks.rpartition("Thread 0x")[2]  # a hung one's main thread is the last
+    at = f"it crashed, or was after {_DUMP_S:.0f} s, at {stack[:1000]}\n" if stack else ""
+    return f"{at}{printed.stem} said last:\n{printed.read_text('utf-8', 'replace')[-800:]}\n"
