@@ -10,23 +10,8 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
 
 from chatalign.recipe.schema import SCHEMA_NAMES, STAGE_NAMES, schema_text
-
-
-def launch_stage(stage: str, words: Sequence[str]) -> NoReturn:
-    """``RECIPE [key=value ...] [options]`` of one stage; ends the process."""
-    from chatalign.launch import stage_main
-
-    def run(recipe: Any) -> Any:
-        gc.enable()
-        from chatalign.pipeline import run_stage
-
-        return run_stage(recipe)
-
-    stage_main(stage, run, words)
 
 
 def print_schema(stage: str) -> None:
@@ -45,7 +30,9 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     command, words = next(iter(sys.argv[1:]), ""), sys.argv[2:]
     if command in STAGE_NAMES and "--help" not in words:
-        launch_stage(command, words)
+        from chatalign.launch import stage_main
+
+        stage_main(command, argv=words)
     if command == "schema" and not words[1:] and not any(word.startswith("-") for word in words):
         print_schema(*words or ["sft"])
         return

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from chatalign.cli import launch_stage, print_schema
+from chatalign.cli import print_schema
 
 app = typer.Typer(
     name="chatalign",
@@ -46,9 +46,11 @@ def _add_stage(stage: str, what: str) -> None:
         allow_change: AllowChange = None,
         traceback: Trace = False,
     ) -> None:
+        from chatalign.launch import stage_main
+
         flags = ["--force"] * force + ["--traceback"] * traceback
         flags += [f"--allow-change={key}" for key in allow_change or []]
-        launch_stage(stage, [recipe, *(overrides or []), *flags])
+        stage_main(stage, argv=[recipe, *(overrides or []), *flags])
 
     app.command(stage, help=what)(command)
 

@@ -6,6 +6,11 @@ checked before the first update (Rafailov et al., 2305.18290).
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that follows is imported: a wrong recipe is refused without it
+    from chatalign.launch import stage_main
+
+    stage_main("dpo")
+
 from chatalign.artifact import Artifact
 from chatalign.data import prepare
 from chatalign.engine import trl_engine
@@ -54,14 +59,3 @@ def run(recipe: DpoRecipe) -> Artifact:
         extra={"reference": reference.way, "reference_sha256": sha256_at_start},
         wall_s=wall_s,
     )
-
-
-def main() -> None:
-    """``python -m chatalign.dpo RECIPE [key=value ...]``."""
-    from chatalign.launch import stage_main
-
-    stage_main("dpo", run)
-
-
-if __name__ == "__main__":
-    main()

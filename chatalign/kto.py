@@ -6,6 +6,11 @@ Methods that TRL keeps are added like this one.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that follows is imported: a wrong recipe is refused without it
+    from chatalign.launch import stage_main
+
+    stage_main("kto")
+
 from chatalign.artifact import Artifact
 from chatalign.data import prepare
 from chatalign.engine.dpo_trainer import refuse_moved, require_reference
@@ -52,14 +57,3 @@ def run(recipe: KtoRecipe) -> Artifact:
         extra={"reference": reference.way, "reference_sha256": sha256_at_start},
         wall_s=wall_s,
     )
-
-
-def main() -> None:
-    """``python -m chatalign.kto RECIPE [key=value ...]``."""
-    from chatalign.launch import stage_main
-
-    stage_main("kto", run)
-
-
-if __name__ == "__main__":
-    main()

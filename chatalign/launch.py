@@ -6,6 +6,7 @@ Exit status: 0 done (or already finished), 2 refused or failed with one line, 13
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 import warnings
@@ -41,8 +42,11 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it regrets a kernel at each import
 
 
-def stage_main(stage: str, run: RunFunction, argv: Sequence[str] | None = None) -> NoReturn:
-    """``python -m chatalign.STAGE RECIPE [key=value ...] [options]``; ends the process."""
+def stage_main(stage: str, run: RunFunction | None = None, argv: Sequence[str] | None = None) -> NoReturn:
+    """``python -m chatalign.STAGE RECIPE [key=value ...] [options]``; ends the process.
+
+    `run` is what trains, the stage's own module where it isn't given, imported once the recipe is accepted.
+    """
     arguments, allow = take_option("--allow-change", sys.argv[1:] if argv is None else argv)
     flags = {name for name in ("--force", "--traceback") if name in arguments}
     words = [word for word in arguments if word not in flags]
@@ -53,9 +57,17 @@ def stage_main(stage: str, run: RunFunction, argv: Sequence[str] | None = None) 
 
     def work() -> None:
         with breaking_off():
-            execute(stage, run, words[0], words[1:], force="--force" in flags, allow_change=allow)
+            execute(stage, run or run_imported, words[0], words[1:], force="--force" in flags, allow_change=allow)
 
     raise SystemExit(guarded(work, show_traceback="--traceback" in flags))
+
+
+def run_imported(recipe: Recipe) -> Artifact:
+    """Import a recipe's stage, and run it."""
+    gc.enable()  # off since the command began
+    from chatalign.pipeline import run_stage
+
+    return run_stage(recipe)
 
 
 def take_option(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:

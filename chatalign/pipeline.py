@@ -51,7 +51,7 @@ STAGE_MODULES = {
     "dpo": "chatalign.dpo",
     "ppo": "chatalign.ppo",
     "kto": "chatalign.kto",
-    "eval": "chatalign.evaluate",
+    "eval": "chatalign.evaluate.stage",
 }
 
 

@@ -6,6 +6,11 @@ function expected, held near the model it started from (Ouyang et al., 2203.0215
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that follows is imported: a wrong recipe is refused without it
+    from chatalign.launch import stage_main
+
+    stage_main("ppo")
+
 from chatalign.artifact import Artifact
 from chatalign.data import prepare
 from chatalign.engine.ppo_roles import build_roles
@@ -54,14 +59,3 @@ def run(recipe: PpoRecipe) -> Artifact:
         extra={"kl_coef": trainer.kl_controller.coef, "skipped_steps": trainer.skipped},
         wall_s=wall_s,
     )
-
-
-def main() -> None:
-    """``python -m chatalign.ppo RECIPE [key=value ...]``."""
-    from chatalign.launch import stage_main
-
-    stage_main("ppo", run)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,11 @@ trains it again. The artifact says which of the two happened.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that follows is imported: a wrong recipe is refused without it
+    from chatalign.launch import stage_main
+
+    stage_main("pretrain")
+
 import shutil
 from pathlib import Path
 
@@ -111,14 +116,3 @@ def _verified_record(source: Path) -> Artifact | None:
     if problems := verify_files(source.parent, record.files):
         raise ModelError(f"{problems[0]}; fetch the model again, or set `from_scratch: true` to make it")
     return record
-
-
-def main() -> None:
-    """``python -m chatalign.pretrain RECIPE [key=value ...]``."""
-    from chatalign.launch import stage_main
-
-    stage_main("pretrain", run)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,11 @@ rewards to one scale (Ouyang et al., 2203.02155, step 2; Huang et al., 2403.1703
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that follows is imported: a wrong recipe is refused without it
+    from chatalign.launch import stage_main
+
+    stage_main("reward")
+
 from chatalign.artifact import Artifact
 from chatalign.data import prepare
 from chatalign.data.collate import collate_pairs
@@ -54,14 +59,3 @@ def run(recipe: RewardRecipe) -> Artifact:
         extra=measured,
         wall_s=wall_s,
     )
-
-
-def main() -> None:
-    """``python -m chatalign.reward RECIPE [key=value ...]``."""
-    from chatalign.launch import stage_main
-
-    stage_main("reward", run)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,11 @@ tokens of an optimizer step (Ouyang et al., 2203.02155, step 1).
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that follows is imported: a wrong recipe is refused without it
+    from chatalign.launch import stage_main
+
+    stage_main("sft")
+
 from chatalign.artifact import Artifact
 from chatalign.data import prepare
 from chatalign.data.collate import collate_lm
@@ -51,14 +56,3 @@ def run(recipe: SftRecipe) -> Artifact:
         metrics=last_means(trainer),
         wall_s=wall_s,
     )
-
-
-def main() -> None:
-    """``python -m chatalign.sft RECIPE [key=value ...]``."""
-    from chatalign.launch import stage_main
-
-    stage_main("sft", run)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from chatalign.pipeline import STAGE_MODULES
+
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "trl", "numpy", "pandas", "matplotlib", "rich"}
 PYDANTIC = {"pydantic", "pydantic_core", "yaml", "typer"}
 # Optional packages of trackers, reports, other engines and metrics. Not ours to keep out where they are installed are
@@ -35,9 +37,10 @@ def report():
 atexit.register(report)
 sys.argv = ["chatalign", *json.loads({words!r})]
 {before}
-from chatalign.cli import main
-main()
+{begin}
 """
+COMMAND = "from chatalign.cli import main; main()"
+AS_MODULE = "import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"  # as -m does
 # Ends the run at the first optimizer step, with the modules of that moment.
 AT_FIRST_STEP = """
 from importlib.abc import MetaPathFinder
@@ -58,9 +61,9 @@ sys.meta_path.insert(0, Watch())
 """
 
 
-def modules_of(words: list[str], folder: Path, *, before: str = "") -> set[str]:
+def modules_of(words: list[str], folder: Path, *, before: str = "", begin: str = COMMAND) -> set[str]:
     """Every module that a command had imported at its end, or where `before` ends it."""
-    code = REPORT.format(words=json.dumps(words), before=before)
+    code = REPORT.format(words=json.dumps(words), before=before, begin=begin)
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("MODULES ")]
     assert lines, done.stdout + done.stderr
@@ -105,9 +108,22 @@ def test_a_light_command_imports_little(words: list[str], without: set[str], at_
     assert len(modules) <= at_most
 
 
+@pytest.mark.parametrize("module", [*STAGE_MODULES.values(), "chatalign.evaluate"])
+def test_a_launched_module_refuses_as_lightly(module: str, recipe: Path) -> None:
+    words = ["sft.yaml", "train.learning_rat=1"]
+    modules = modules_of(words, recipe.parent, begin=AS_MODULE.format(module=module))
+    assert not packages(modules) & HEAVY
+    assert "chatalign.recipe" in modules, "it never came to the recipe"
+
+
 @pytest.mark.slow
-def test_a_stage_imports_nothing_unasked_before_its_first_step(recipe: Path) -> None:
-    modules = modules_of(["sft", "sft.yaml"], recipe.parent, before=AT_FIRST_STEP)
+@pytest.mark.parametrize(
+    ("words", "begin"),
+    [(["sft", "sft.yaml"], COMMAND), (["sft.yaml"], AS_MODULE.format(module="chatalign.sft"))],
+    ids=["command", "module"],
+)
+def test_a_stage_imports_nothing_unasked_before_its_first_step(words: list[str], begin: str, recipe: Path) -> None:
+    modules = modules_of(words, recipe.parent, before=AT_FIRST_STEP, begin=begin)
     assert "torch" in modules, "the run never came to a step"
     assert "frozen" in modules, "its imports are walked by every collection of the training"
     assert not (recipe.parent / "run" / "artifact.json").exists(), "the run went on"

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from tiny import make_llama, make_tokenizer
 from transformers import Trainer
 
-import chatalign.evaluate
 import chatalign.evaluate.stage
 from chatalign import checkpoint, sft
 from chatalign.engine.ppo_collect import Collector
@@ -65,7 +64,7 @@ LOADING = [
     ("sft-lora", sft, sft, "prepare", signal.SIGUSR1),
     ("sft-lora", sft, sft, "load_policy", signal.SIGTERM),
     ("sft-lora", sft, sft, "finish", signal.SIGHUP),
-    ("eval", chatalign.evaluate, chatalign.evaluate.stage, "answer", signal.SIGUSR1),
+    ("eval", chatalign.evaluate.stage, chatalign.evaluate.stage, "answer", signal.SIGUSR1),
 ]
 
 

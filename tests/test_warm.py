@@ -18,6 +18,7 @@ from forked import start
 
 from chatalign.artifact import load_artifact
 from chatalign.errors import NonFiniteError
+from chatalign.launch import stage_main
 from chatalign.pipeline import run_pipeline
 from chatalign.warm import as_if_alone, import_once
 
@@ -69,8 +70,7 @@ def models_alive() -> int:
 
 
 def alone_in_its_process(stage: str, words: list[str]) -> None:
-    sys.argv = [f"chatalign.{stage}", *words]
-    import_module(f"chatalign.{stage}").main()
+    stage_main(stage, import_module(f"chatalign.{stage}").run, words)
 
 
 def test_a_stage_of_a_chain_gives_the_weights_that_it_gives_alone(chain: Path) -> None:

@@ -1,12 +1,19 @@
 """Evaluation: replies to held-out prompts, gold and reward-model scores, win rates, KL, perplexity, text metrics."""
 
-from chatalign.evaluate.stage import run
+from __future__ import annotations
 
-__all__ = ["main", "run"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chatalign.evaluate.stage import run
+
+__all__ = ["run"]
 
 
-def main() -> None:
-    """``python -m chatalign.evaluate RECIPE [key=value ...]``."""
-    from chatalign.launch import stage_main
+def __getattr__(name: str) -> Any:
+    """Import the stage on first use (PEP 562), so that ``python -m chatalign.evaluate`` refuses a recipe without it."""
+    if name != "run":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from chatalign.evaluate.stage import run
 
-    stage_main("eval", run)
+    return run

@@ -1,6 +1,8 @@
-"""``python -m chatalign.evaluate RECIPE``."""
+"""``python -m chatalign.evaluate RECIPE [key=value ...]``."""
 
-from chatalign.evaluate import main
+from __future__ import annotations
 
 if __name__ == "__main__":
-    main()
+    from chatalign.launch import stage_main
+
+    stage_main("eval")

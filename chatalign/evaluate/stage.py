@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that follows is imported: a wrong recipe is refused without it
+    from chatalign.launch import stage_main
+
+    stage_main("eval")
+
 import time
 from collections.abc import Mapping
 from typing import Any
