@@ -1,5 +1,7 @@
 """Raw results to what a person reads: ``python bench/report.py`` writes bench/RESULTS.md and bench/results.png.
 
+Of another kind of machine: ``python bench/report.py --notes NOTES_x.md --out RESULTS_x.md``.
+
 Ratios are taken within a turn (ours and the peer's run that followed each other), then their median, with the smallest
 and the largest beside it. The best peer arm is the fastest by median, whatever its precision.
 """
@@ -288,12 +290,16 @@ def plot(results: Sequence[Result], file: Path) -> None:
 
 def main() -> None:
     """Write both files from what was measured so far."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--notes", type=Path, default=NOTES, help="what is said before the tables")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "RESULTS.md", help="the plot goes beside it")
+    args = parser.parse_args()
+    picture = args.out.with_name(f"{args.out.stem.lower()}.png")
     training = read("training")
     lines = ["# What was measured", "", f"{date.today()}. {machine()}.", ""]
-    lines += [NOTES.read_text().strip(), ""] if NOTES.is_file() else []
+    lines += [args.notes.read_text().strip(), ""] if args.notes.is_file() else []
     if training:
-        plot(training, ROOT / "bench" / "results.png")
+        plot(training, picture)
         commits = ", ".join(sorted({r["commit"] for r in training}))
         lines += [
             "## Training, one thread, process CPU time",
@@ -302,7 +308,7 @@ def main() -> None:
             "",
         ]
         lines += training_tables(training)
-        lines += ["", "![Speed of every arm over the best peer's](results.png)", ""]
+        lines += ["", f"![Speed of every arm over the best peer's]({picture.name})", ""]
     if found := read("ppo"):
         commits = ", ".join(sorted({r["commit"] for r in found}))
         lines += ["## PPO, one thread, process CPU time", "", f"Commit {commits}; 64 prompts a rollout, 4 epochs.", ""]
@@ -311,12 +317,13 @@ def main() -> None:
         lines += ["## Data preparation", "", *data_tables(found), ""]
     if found := read("startup"):
         lines += ["## Start-up and chains", "", *startup_table(found), *metric_table(found), ""]
-    if (ROOT / "bench" / "scaling.png").is_file():
+    if args.out.with_name("scaling.png").is_file() and args.notes == NOTES:
         lines += ["## How cost grows", "", "![Cost against rows, length, vocabulary, size, processes](scaling.png)", ""]
-    lines += ["## Versions", "", *versions(training), "", "Not measured, since they don't run here:", ""]
-    lines += peers_that_are_not_here() or ["- none"]
-    (ROOT / "bench" / "RESULTS.md").write_text("\n".join(lines).rstrip() + "\n")
-    print("bench/RESULTS.md", file=sys.stderr)
+    lines += ["## Versions", "", *versions(training), ""]
+    if absent := peers_that_are_not_here():
+        lines += ["Not measured, since they don't run here:", "", *absent]
+    args.out.write_text("\n".join(lines).rstrip() + "\n")
+    print(args.out, file=sys.stderr)
 
 
 if __name__ == "__main__":
