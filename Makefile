@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 THREADS ?= 2
+BENCH_SIZES ?= 3.4M 7M 25M
+BENCH_REPEATS ?= 3
 export HF_HUB_DISABLE_TELEMETRY = 1
 export OMP_NUM_THREADS = $(THREADS)
 
@@ -39,8 +41,8 @@ bench-peers: setup  ## each peer in an environment of its own, under bench/.venv
 
 bench: bench-peers  ## chatalign beside its peers on this machine: hours, and bench/RESULTS.md; see bench/README.md
 	rm -rf bench/results
-	$(BIN)/python bench/run.py --sizes 3.4M 7M 25M
-	$(BIN)/python bench/ppo.py
+	$(BIN)/python bench/run.py --sizes $(BENCH_SIZES) --repeats $(BENCH_REPEATS)
+	$(BIN)/python bench/ppo.py --sizes $(filter-out 25M,$(BENCH_SIZES)) --repeats $(BENCH_REPEATS)
 	$(BIN)/python bench/data_prep.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/scaling.py

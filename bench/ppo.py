@@ -30,7 +30,6 @@ PROBED = ("scores", "logps", "ref_logps", "values")
 # TRL's frozen models are bf16 throughout, where a logit of 16 is rounded by up to 0.06.
 SAME = {"float32": 1e-4, "bfloat16": 0.1}
 FIRST_KL = {"float32": 1e-4, "bfloat16": 5e-2}  # nats a reply
-DTYPES = ("bfloat16", "float32")
 SLOWEST = 0.85
 
 
@@ -43,11 +42,11 @@ class Job:
     iterations: int
 
 
-def jobs_of(part: str) -> list[Job]:
+def jobs_of(part: str, dtypes: tuple[str, ...] = run.BOTH) -> list[Job]:
     """Ours first, then whom we are held against."""
 
     def jobs(script: str, peer: str | None, variants: tuple[str, ...], iterations: int) -> list[Job]:
-        return [Job(part, run.Arm(script, peer, v, dtype), iterations) for v in variants for dtype in DTYPES]
+        return [Job(part, run.Arm(script, peer, v, dtype), iterations) for v in variants for dtype in dtypes]
 
     if part == "floor":
         return jobs("ppo_floor", None, ("default",), 1)
@@ -114,10 +113,12 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(workload.SIZES), default=["3.4M", "7M"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--arms", nargs="+", help="only arms whose name starts with one of these")
+    parser.add_argument("--dtypes", nargs="+", choices=run.BOTH, default=run.precisions())
     parser.add_argument("--iterations", type=int, help="timed ones in place of two of ours for one of TRL's")
     parser.add_argument("--core", type=int, help="pin to this core")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    dtypes = tuple(args.dtypes)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = args.out.with_suffix(f".{time.time_ns()}.line")
     head = ["git", "rev-parse", "--short", "HEAD"]
@@ -127,7 +128,7 @@ def main() -> None:
         for lengths in sorted({lengths_of(part) for part in args.works if part in WORKS} | {"equal", "unequal"}):
             ppo_work.make(size, lengths)
         results: list[dict] = []
-        order = itertools.product(range(args.repeats), (job for part in args.works for job in jobs_of(part)))
+        order = itertools.product(range(args.repeats), (job for part in args.works for job in jobs_of(part, dtypes)))
         for repeat, job in order:
             if not key(job).startswith(tuple(args.arms or [""])) or (repeat and not goes_on(job, results)):
                 continue

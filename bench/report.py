@@ -235,9 +235,8 @@ def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         model = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x), model)
-    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    wide = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    return f"{model}, {os.cpu_count()} cores ({', '.join(wide) or 'no wide vectors'}), {platform.system()}"
+    wide = ", ".join(workload.wide_vectors()) or "no wide vectors"
+    return f"{model}, {os.cpu_count()} cores ({wide}), {platform.system()}"
 
 
 def versions(results: Sequence[Result]) -> list[str]:

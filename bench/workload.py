@@ -45,6 +45,13 @@ SIZES = {
 }
 
 
+def wide_vectors() -> list[str]:
+    """What decides a CPU's speed here, by Linux's names; empty where there are none, or no telling."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    return [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+
+
 def model_folder(size: str, work: str = "sft") -> Path:
     """Where a model of :data:`SIZES` lies, tokenizer and all; for reward work, the one that has a head for scores."""
     return CACHE / (f"llama-{size}-score" if work.startswith("reward") else f"llama-{size}")
