@@ -140,8 +140,11 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
     ) -> Tensor:
         dtype = x_TI.dtype
-        low_TR = x_TI @ a_RI.to(dtype).t()
         ctx.scaling = scaling
+        if dtype == torch.float32 and _pays_to_fold(weight_OI, x_TI):
+            ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, None)
+            return F.linear(x_TI, _folded(weight_OI, a_RI, b_OR, scaling, dtype), bias_O)
+        low_TR = x_TI @ a_RI.to(dtype).t()
         ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, low_TR)
         both_TK = torch.cat((x_TI, low_TR), 1)
         return F.linear(both_TK, torch.cat((weight_OI.to(dtype), (b_OR * scaling).to(dtype)), 1), bias_O)
@@ -152,11 +155,12 @@ class _LoraLinear(torch.autograd.Function):
         x_TI, weight_OI, a_RI, b_OR, low_TR = ctx.saved_tensors
         dtype = grad_TO.dtype
         down_RI, up_OR = a_RI.to(dtype), b_OR.to(dtype)
+        if low_TR is None:
+            low_TR = x_TI @ down_RI.t()
         dlow_TR = (grad_TO @ up_OR).mul_(ctx.scaling)
         dx_TI = None
-        # To add to W is less than to add to dx; compiled code would be compiled again for short batches.
-        if ctx.needs_input_grad[0] and (torch.compiler.is_compiling() or len(weight_OI) <= len(grad_TO)):
-            dx_TI = grad_TO @ (weight_OI + (up_OR @ down_RI) * ctx.scaling).to(dtype)
+        if ctx.needs_input_grad[0] and _pays_to_fold(weight_OI, x_TI):
+            dx_TI = grad_TO @ _folded(weight_OI, down_RI, up_OR, ctx.scaling, dtype)
         elif ctx.needs_input_grad[0]:
             dx_TI = (grad_TO @ weight_OI.to(dtype)).addmm_(dlow_TR, down_RI)
         # The thin factor first and in order: a wide one would be turned in memory, for 1.3 × the product's time.
@@ -165,14 +169,24 @@ class _LoraLinear(torch.autograd.Function):
         return dx_TI, None, None, da_RI.to(a_RI.dtype), db_OR, None
 
 
+def _pays_to_fold(weight_OI: Tensor, x_TI: Tensor) -> bool:
+    """Whether adding to W is less than adding to T rows; compiled code would be compiled again for short batches."""
+    return torch.compiler.is_compiling() or len(weight_OI) <= len(x_TI)
+
+
+def _folded(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    return (weight_OI + (b_OR @ a_RI) * scaling).to(dtype)
+
+
 def lora_linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
 ) -> Tensor:
     """x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ, (…, O), where W and the bias are frozen and A and B train.
 
-    One product gives the layer's and the adapter's part, [x, x Aᵀ] [W, scaling · B]ᵀ, and one the gradient of x, with
-    W + scaling · B A: no pass over the outputs or inputs to add them, where PEFT makes three. Under autocast all
-    products run in its dtype, as PEFT's do. Source: Hu et al. (2106.09685), equation 3.
+    One product gives the layer's and the adapter's part, and one the gradient of x, both with W + scaling · B A: no
+    pass over the outputs or inputs to add them, where PEFT makes three. Under autocast all products run in its dtype,
+    as PEFT's do; forward it is [x, x Aᵀ] [W, scaling · B]ᵀ then, since W rounded to bf16 would swallow a small B A.
+    Source: Hu et al. (2106.09685), equation 3.
     Raises ValueError where W or the bias wants a gradient, which it would not get.
     """
     if weight_OI.requires_grad or (bias_O is not None and bias_O.requires_grad):

@@ -236,6 +236,17 @@ def test_lora_is_pefts_layer(rows: int, bias: bool, x_grad: bool, autocast: bool
         assert gap < (0.01 if autocast else 1e-6)  # bf16 has 8 bits: a rounding is 1 / 256 at most
 
 
+def test_an_adapter_smaller_than_a_rounding_of_its_weights_counts_in_bf16() -> None:
+    # As after the first steps on a bf16 checkpoint: B A is a thousandth of W, bf16's steps a 256th. W + B A in bf16
+    # gives 0.6 of what the adapter does.
+    weight_OI = torch.randn(48, 64).bfloat16().float()
+    x, a_RI, b_OR = torch.randn(1, 4096, 64), torch.randn(4, 64), 5e-4 * torch.randn(48, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moved = fused.lora_linear(x, weight_OI, None, a_RI, b_OR, 1.0) - F.linear(x, weight_OI)
+    wanted = x @ (b_OR @ a_RI).t()
+    assert float((moved.float() * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.05)
+
+
 def test_rotary_of_bf16_queries_by_fp32_angles_is_fp32() -> None:
     # Under autocast a projection gives bf16 and the cosines are fp32.
     x = torch.randn(1, 2, 4, D).bfloat16().requires_grad_()
