@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from chatalign.engine import cpu_attention, flex_attention, varlen_attention
+from chatalign.engine.last_layer import Places, places_read
 from chatalign.errors import ModelError
 from chatalign.maths.masked import at_least_fp32
 
@@ -41,6 +42,7 @@ class SegmentPlan:
     prefixes: list[int | None]  # which earlier segment each one has as its prefix
     longest: int  # keys that the longest segment sees, its prefix included
     groups: list[list[int]]  # segments of equal length and equal prefix length, run as one batch
+    places: Places | None = None  # at which alone the last layer's output is read
     _masks: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, compare=False)
     _varlen: dict[torch.device, varlen_attention.VarlenTable] = field(default_factory=dict, compare=False)
     _flex: dict[tuple[torch.device, int | None], Any] = field(default_factory=dict, compare=False)
@@ -94,17 +96,19 @@ def plan_segments(segments: Tensor, total: int) -> SegmentPlan:
     return SegmentPlan(lengths=lengths, prefixes=prefixes, longest=longest, groups=list(groups.values()))
 
 
-def segment_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+def segment_inputs(batch: dict[str, Any], places: Tensor | None = None) -> dict[str, Any]:
     """A flat batch's arguments for a model's forward pass: ids, positions and the plan of its segments.
 
-    The one-element 4-D mask keeps transformers from building its T × T mask; the entry never reads it. The plan is
-    a plain object, so that DDP does not carry it to the accelerator and back.
+    With `places` (K,) the last hidden states are right at those places, and may be anything at others. The one-element
+    4-D mask keeps transformers from building its T × T mask; the entry never reads it. The plan is a plain object, so
+    that DDP does not carry it to the accelerator and back.
     """
     ids = batch["input_ids"]
+    plan = plan_segments(batch["segments"], ids.shape[1])
     return {
         "input_ids": ids,
         "position_ids": batch["position_ids"],
-        "segments": plan_segments(batch["segments"], ids.shape[1]),
+        "segments": plan if places is None else replace(plan, places=places_read(places, ids.shape[1])),
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
         "use_cache": False,
     }

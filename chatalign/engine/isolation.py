@@ -7,12 +7,15 @@ assumed: on a tiny batch, each segment must give what it gives alone, and must n
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chatalign.engine.attention import ATTENTION, Kernel, SegmentPlan, entry_name, register, segment_inputs
+from chatalign.engine.last_layer import Places, narrow_last_layer
 from chatalign.errors import GuardError, ModelError
 
 _LENGTHS = (5, 7, 4, 6)  # a document, then prompt | chosen | rejected
@@ -54,7 +57,9 @@ def enable_segments(model: nn.Module, kernel: Kernel = "auto") -> frozenset[str]
         base.set_attn_implementation(entry_name(kernel))
     if any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
         return frozenset()
-    return check_isolation(model, kernel)
+    ran = check_isolation(model, kernel)
+    narrow_last_layer(base, partial(_reads_the_same, base))
+    return ran
 
 
 def computes_in_half(model: nn.Module) -> bool:
@@ -98,6 +103,24 @@ def check_isolation(model: nn.Module, kernel: Kernel = "auto") -> frozenset[str]
             f"gap {gap / scale:.1e} of the hidden states' spread); {_REMEDY}"
         )
     return frozenset(inputs["segments"].ran)
+
+
+@torch.no_grad()
+def _reads_the_same(base: Any, layer: nn.Module) -> bool:
+    """Whether the hidden states of a tiny batch, at places in any order and one twice, are those of a pass for all."""
+    batch = _flat_batch(_tiny_ids(base))
+    places = torch.tensor([11, 2, 3, 11, 20], device=base.get_input_embeddings().weight.device)
+    inputs, training = segment_inputs(batch), base.training
+    base.eval()
+    layer.training = True  # a dropout that it has of its own shows
+    try:
+        whole = _run(base, inputs)[places].float()
+        named = replace(inputs["segments"], places=Places.of(places, sum(_LENGTHS)))
+        narrow = _run(base, inputs | {"segments": named})[places].float()
+    finally:
+        base.train(training)
+    close = 5e-2 if computes_in_half(base) else 1e-4
+    return bool((narrow - whole).abs().max() <= close * whole.std())
 
 
 def refuse_other_attention(base: Any, kernel: Kernel, plan: SegmentPlan) -> None:

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from chatalign.engine.attention import segment_inputs
 from chatalign.engine.isolation import computes_in_half, unwrapped
+from chatalign.engine.last_layer import HALF_MULTIPLE
 from chatalign.maths import logprobs
 
 # Of fp32 logits. Below the first the plain head is as fast and small; a CPU's chunks should stay near its caches.
 _PLAIN_LOGITS_BYTES = 8 * 2**20
 _CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
-# A CPU's bf16 kernels are compiled for each new shape: 1.5 × the time of a step's products (measured, AMX).
-HALF_MULTIPLE = 128
 _IN_HALF = "chatalign_in_half"
 
 
@@ -133,7 +132,9 @@ def sum_of_logprobs(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     weights_K[len(weights_K) - extra :] = 0
     request = _Request(padded["targets"], 1.0, entropy=False, entropy_grad=False, chunk=chunk, weights=weights_K)
     with _asking(request):
-        total: Tensor = model(**segment_inputs(padded), logits_to_keep=padded["predict_positions"]).logits
+        total: Tensor = model(
+            **segment_inputs(padded, padded["predict_positions"]), logits_to_keep=padded["predict_positions"]
+        ).logits
     return total.sum()
 
 
@@ -155,8 +156,8 @@ def _repeat_last(values_K: Tensor, extra: int) -> Tensor:
 def _token_logprobs(
     model: nn.Module, batch: dict[str, Any], temperature: float, entropy: bool, entropy_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    inputs = segment_inputs(batch)
     targets, kept = batch["targets"], batch["predict_positions"]
+    inputs = segment_inputs(batch, kept)
     chunk = _chunk_tokens(model, targets)
     if chunk:
         request = _Request(

@@ -262,7 +262,7 @@ def backbone(model: Any) -> Any:
 
 def hidden_states(trunk: Any, batch: dict[str, Any], positions: Tensor) -> Tensor:
     """Last hidden states of a backbone at places of a flat batch, (len(positions), D)."""
-    states: Tensor = trunk(**segment_inputs(batch)).last_hidden_state[0, positions]
+    states: Tensor = trunk(**segment_inputs(batch, positions)).last_hidden_state[0, positions]
     return states
 
 

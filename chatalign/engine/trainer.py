@@ -32,8 +32,8 @@ from chatalign.engine.batching import (
 )
 from chatalign.engine.guard import LossShares, ShareGuard, refuse_uneven_evaluation
 from chatalign.engine.isolation import computes_in_half
+from chatalign.engine.last_layer import HALF_MULTIPLE
 from chatalign.engine.levers import choose, hardware
-from chatalign.engine.loss_head import HALF_MULTIPLE
 from chatalign.engine.metrics import MetricSums, Stopwatch
 from chatalign.engine.model_setup import set_up
 from chatalign.engine.offloading import OffloadedActivations

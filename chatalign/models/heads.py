@@ -225,7 +225,7 @@ def scores_at(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     head = active_head(model)
     handle = head.register_forward_hook(lambda _module, _inputs, output: captured.append(output))
     try:
-        output = model(**segment_inputs(dict(batch)))
+        output = model(**segment_inputs(dict(batch), batch["pool_positions"]))
     finally:
         handle.remove()
     per_place_T = captured[-1][0, :, 0]
