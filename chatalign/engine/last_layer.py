@@ -44,7 +44,7 @@ class Places:
 def places_read(places: Tensor, total: int) -> Places | None:
     """Places (K,) of a row of `total` tokens, under a CPU's autocast rounded up in number; None where they are most."""
     if places.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        places = torch.cat((places, places[-1:].expand(-len(places) % HALF_MULTIPLE if len(places) else 0)))
+        places = torch.cat((places, places[-1:].expand(-len(places) % HALF_MULTIPLE)))
     return Places.of(places, total) if len(places) <= _MOST * total else None
 
 

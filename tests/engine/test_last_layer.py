@@ -75,19 +75,22 @@ def mlp_rows(model: nn.Module) -> list[int]:
     return rows
 
 
+def assert_reads_the_same(model: nn.Module) -> None:
+    enable_segments(model)
+    rows = mlp_rows(model)
+    ours = gradients(model, token_logprobs(model, pairs())[0])
+    with whole(model):
+        assert_same(ours, gradients(model, token_logprobs(model, pairs())[0]))
+    assert rows == [46, 15, 46, 46]
+
+
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", _NARROWED)
 def test_log_probabilities_and_gradients_are_the_whole_layers(name: str, lora: bool) -> None:
     model = make_model(name)
     if lora:
         add_lora(model)
-    enable_segments(model)
-    rows = mlp_rows(model)
-    ours = gradients(model, token_logprobs(model, pairs())[0])
-    assert rows == [46, 15]
-    with whole(model):
-        assert_same(ours, gradients(model, token_logprobs(model, pairs())[0]))
-    assert rows == [46, 15, 46, 46]
+    assert_reads_the_same(model)
 
 
 @pytest.mark.parametrize("name", _OTHERS)
@@ -121,12 +124,7 @@ def test_a_layer_with_a_dropout_of_its_own_stays_as_it_is() -> None:
 def test_experts_see_the_rows_that_are_read() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MixtralConfig(**_SIZES, num_local_experts=4, router_jitter_noise=0.0))
-    enable_segments(model)
-    rows = mlp_rows(model)
-    ours = gradients(model, token_logprobs(model, pairs())[0])
-    assert rows == [46, 15]
-    with whole(model):
-        assert_same(ours, gradients(model, token_logprobs(model, pairs())[0]))
+    assert_reads_the_same(model)
 
 
 def test_scores_and_values_are_the_whole_layers() -> None:
