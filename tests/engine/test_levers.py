@@ -220,7 +220,9 @@ def test_compiled_layers_keep_what_products_give_and_no_more(monkeypatch: pytest
 @pytest.mark.slow
 def test_a_compiled_run_is_the_plain_run(tmp_path: Path) -> None:
     def trained(name: str, **train: Any) -> dict[str, torch.Tensor]:
-        trainer = make_trainer(tmp_path / name, lm_rows(16), packing=True, max_steps=3, **train)
+        # Adam would make a small weight's step of a gradient's rounding; by this one weights move by up to 0.05.
+        settings = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 3} | train
+        trainer = make_trainer(tmp_path / name, lm_rows(16), packing=True, **settings)
         trainer.train()
         return weights(trainer)
 
@@ -228,7 +230,7 @@ def test_a_compiled_run_is_the_plain_run(tmp_path: Path) -> None:
     for name, settings in (("compiled", {}), ("both", {"gradient_checkpointing": True})):
         compiled = trained(name, torch_compile=True, **settings)
         for weight, value in plain.items():
-            torch.testing.assert_close(compiled[weight], value, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(compiled[weight], value, atol=1e-6, rtol=1e-5)
 
 
 def test_some_layers_can_be_checkpointed() -> None:
