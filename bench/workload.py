@@ -191,6 +191,8 @@ def _write_pairs(pairs: list[list[str]], tokenizer) -> None:
                 text = " ".join([prompt, *(pairs[(i + k) % len(pairs)][0] for k in range(1, 40))])
                 cut = tokenizer.decode(tokenizer(text)["input_ids"][i % 7 : i % 7 + length])
                 rows.append({"prompt": _chat(cut), "chosen": _reply(replies[0]), "rejected": _reply(replies[1])})
+                if len(rows) == PAIRS + PROBE_ROWS:
+                    break
         _write(work, rows, PAIRS)
 
 

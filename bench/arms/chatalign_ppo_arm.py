@@ -62,11 +62,9 @@ def probe(trainer: Any) -> dict[str, list[float]]:
     collector = trainer.play.collector
     unread: list[Any] = [None] * len(rows)  # what a reward model of the policy's own tokens never looks at
     replies = Replies(prompt_ids=prompts, response_ids=responses, prompts=unread, texts=unread, extras=unread)
-    own_logps, collector.own_logps = collector.own_logps, True
     with trainer.accelerator.autocast():
         scores, _ = collector.rewards(replies)
-        ref_logps, logps, values, _ = collector._measure(prompts, responses)
-    collector.own_logps = own_logps
+        ref_logps, logps, values, _ = collector._measure(prompts, responses, logps=True)
     return {
         "scores": scores.tolist(),
         "logps": logps.tolist(),
