@@ -42,7 +42,7 @@ bench-peers: setup  ## each peer in an environment of its own, under bench/.venv
 bench: bench-peers  ## chatalign beside its peers on this machine: hours, and bench/RESULTS.md; see bench/README.md
 	rm -rf bench/results
 	$(BIN)/python bench/run.py --sizes $(BENCH_SIZES) --repeats $(BENCH_REPEATS)
-	$(BIN)/python bench/ppo.py --sizes $(filter-out 25M,$(BENCH_SIZES)) --repeats $(BENCH_REPEATS)
+	$(BIN)/python bench/run_ppo.py --sizes $(filter-out 25M,$(BENCH_SIZES)) --repeats $(BENCH_REPEATS)
 	$(BIN)/python bench/data_prep.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/scaling.py

@@ -1,4 +1,4 @@
-"""PPO's section of RESULTS.md, from the lines of bench/ppo.py: bars, where the time goes, rollouts, memory.
+"""PPO's section of RESULTS.md, from the lines of bench/run_ppo.py: bars, where the time goes, rollouts, memory.
 
 The floor of a phase is PERF arithmetic over matrix products measured alone: prefill and decode once, scoring a pass a
 role, the update a pass forward and backward an epoch for policy and for value function, one for both where the value

@@ -14,9 +14,9 @@ from forked import LIMIT_S, start
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
-import ppo  # noqa: E402 - scripts run by path, no package
-import ppo_work  # noqa: E402
+import ppo_work  # noqa: E402 - scripts run by path, no package
 import run  # noqa: E402
+import run_ppo  # noqa: E402
 import workload  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -80,10 +80,12 @@ def test_training(forked: None, tmp_path: Path, work: str) -> None:
 
 @pytest.mark.parametrize("part", ["unequal", "lora", "rollout", "memory", "floor"])
 def test_ppo(forked: None, tmp_path: Path, part: str) -> None:
-    jobs = [job for job in ppo.jobs_of(part, ("float32",)) if job.arm.peer is None and job.arm.variant != "continuous"]
-    results = [ppo.run_job(job, "3.4M", tmp_path / f"{job.arm.variant}.json", None) for job in jobs]
+    jobs = [
+        job for job in run_ppo.jobs_of(part, ("float32",)) if job.arm.peer is None and job.arm.variant != "continuous"
+    ]
+    results = [run_ppo.run_job(job, "3.4M", tmp_path / f"{job.arm.variant}.json", None) for job in jobs]
     assert len(results) == len(jobs) >= 1
     measured = {"floor": lambda r: min(r["gflops"].values()), "memory": lambda r: r["peak_mb"]}
     assert all(measured.get(part, lambda r: r["items_per_cpu_s"])(result) > 0 for result in results)
-    if part in ppo.WORKS:
-        assert ppo.check_parity(results) == []
+    if part in run_ppo.WORKS:
+        assert run_ppo.check_parity(results) == []

@@ -1,27 +1,15 @@
 """What bench/run.py and bench/report.py say of results: parity, ratios within a turn, the best peer arm."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
+sys.path.insert(0, str(BENCH))
 
-
-@pytest.fixture(scope="module")
-def bench(request):
-    sys.path.insert(0, str(BENCH))
-    modules = {}
-    for name in ("run", "report"):
-        spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-        modules[name] = importlib.util.module_from_spec(spec)
-        sys.modules[f"bench_{name}"] = modules[name]  # dataclasses look their module up
-        spec.loader.exec_module(modules[name])
-    yield modules
-    sys.path.remove(str(BENCH))
-    for name in ("bench_run", "bench_report", "workload"):
-        sys.modules.pop(name, None)
+import report  # noqa: E402 - scripts run by path, no package
+import run  # noqa: E402
 
 
 def result(arm: str, speed: float, *, repeat: int = 0, loss: float = 2.0, memory: float = 100.0) -> dict:
@@ -41,58 +29,54 @@ def result(arm: str, speed: float, *, repeat: int = 0, loss: float = 2.0, memory
     }
 
 
-def test_ratios_are_taken_within_a_turn(bench):
+def test_ratios_are_taken_within_a_turn():
     ours = [result("chatalign-default-float32", 30, repeat=0), result("chatalign-default-float32", 10, repeat=1)]
     theirs = [result("trl-tuned-float32", 10, repeat=0), result("trl-tuned-float32", 5, repeat=1)]
-    assert bench["report"].ratios(ours, theirs) == [3.0, 2.0]
-    assert bench["report"].spread([3.0, 2.0]) == "2.50 (2.00–3.00)"
+    assert report.ratios(ours, theirs) == [3.0, 2.0]
+    assert report.spread([3.0, 2.0]) == "2.50 (2.00–3.00)"
 
 
-def test_the_best_peer_is_the_fastest_and_never_the_floor_or_us(bench):
+def test_the_best_peer_is_the_fastest_and_never_the_floor_or_us():
     results = [
         result("chatalign-default-float32", 50),
         result("floor-default-float32", 40),
         result("trl-tuned-bfloat16", 20),
         result("llamafactory-tuned-float32", 25),
     ]
-    arms = bench["report"].by_arm(results)
-    assert bench["report"].best(arms) == ("chatalign-default-float32", "llamafactory-tuned-float32")
-    row = bench["report"].training_tables(results)[2]
+    arms = report.by_arm(results)
+    assert report.best(arms) == ("chatalign-default-float32", "llamafactory-tuned-float32")
+    row = report.training_tables(results)[2]
     assert "| 2.00 (2.00–2.00) × | ≥ 1.3, 1.6 | 1.25 (1.25–1.25) | 1.00 | ≤ 0.8 | all but memory |" in row
     results[0] |= {"items_per_cpu_s": 30, "peak_mb": 80}
-    assert (
-        "| 0.75 (0.75–0.75) | 0.80 | ≤ 0.8 | all but speed and floor |" in bench["report"].training_tables(results)[2]
-    )
+    assert "| 0.75 (0.75–0.75) | 0.80 | ≤ 0.8 | all but speed and floor |" in report.training_tables(results)[2]
 
 
-def test_a_peer_that_ran_in_quiet_turns_alone_is_not_the_fastest_for_it(bench):
+def test_a_peer_that_ran_in_quiet_turns_alone_is_not_the_fastest_for_it():
     results = [
         *(result("chatalign-default-float32", 50 * (1 + turn), repeat=turn) for turn in range(2)),
         *(result("llamafactory-tuned-float32", 25 * (1 + turn), repeat=turn) for turn in range(2)),
         result("trl-tuned-float32", 40, repeat=1),
     ]
-    arms = bench["report"].by_arm(results)
-    assert bench["report"].speed(arms["trl-tuned-float32"]) > bench["report"].speed(arms["llamafactory-tuned-float32"])
-    assert bench["report"].best(arms) == ("chatalign-default-float32", "llamafactory-tuned-float32")
+    arms = report.by_arm(results)
+    assert report.speed(arms["trl-tuned-float32"]) > report.speed(arms["llamafactory-tuned-float32"])
+    assert report.best(arms) == ("chatalign-default-float32", "llamafactory-tuned-float32")
 
 
-def test_lora_is_held_against_our_own_full_fine_tuning(bench):
+def test_lora_is_held_against_our_own_full_fine_tuning():
     results = [
         result("chatalign-default-float32", 20),
         result("chatalign-default-float32", 30) | {"work": "sft-lora"},
         result("trl-tuned-float32", 20) | {"work": "sft-lora"},
     ]
-    assert "| 7M | chatalign-default-float32 | 1.50 (1.50–1.50) × | ≥ 1.3, 1.5 |" in bench["report"].training_tables(
-        results
-    )
+    assert "| 7M | chatalign-default-float32 | 1.50 (1.50–1.50) × | ≥ 1.3, 1.5 |" in report.training_tables(results)
 
 
 def started(bench_name: str, arm: str, metric: str, *values: float) -> list[dict]:
     return [{"bench": f"startup/{bench_name}", "arm": arm, "metric": metric, "value": value} for value in values]
 
 
-def test_starting_is_held_to_its_bars(bench):
-    lines = bench["report"].startup_table(
+def test_starting_is_held_to_its_bars():
+    lines = report.startup_table(
         [
             *started("light", "python -c pass", "wall_s", 0.01),
             *started("light", "chatalign --help", "wall_s", 0.1, 0.2),
@@ -115,8 +99,8 @@ def prepared(arm: str, metric: str, *values: float, **more: object) -> list[dict
     return [line | {"value": value} | more for value in values]
 
 
-def test_data_preparation_says_whether_it_passes(bench):
-    lines = bench["report"].data_tables(
+def test_data_preparation_says_whether_it_passes():
+    lines = report.data_tables(
         [
             *prepared("chatalign-4", "wall_tokens_per_s", 70, 20),
             *prepared("trl-4", "wall_tokens_per_s", 5, 5),
@@ -138,40 +122,40 @@ def test_data_preparation_says_whether_it_passes(bench):
     assert "| rows, 4 workers by the clock | chatalign-4 | 45 (20–70) | 2 |" in lines
 
 
-def test_memory_is_flat_or_not(bench):
+def test_memory_is_flat_or_not():
     def memory(arm: str, few: float, many: float) -> list[dict]:
         return [*prepared(arm, "peak_mb", few), *prepared(arm, "peak_mb", many, rows=4000)]
 
-    lines = bench["report"].data_tables([*memory("chatalign", 500, 540), *memory("trl", 500, 900)])
+    lines = report.data_tables([*memory("chatalign", 500, 540), *memory("trl", 500, 900)])
     assert lines[-4:] == [
         "| peak MB of | 10 rows | 4,000 rows | most / fewest | bar | passes |",
         "|---|---|---|---|---|---|",
         "| chatalign | 500 | 540 | 1.08 | ≤ 1.1 | yes |",
         "| trl | 500 | 900 | 1.80 | – | – |",
     ]
-    assert bench["report"].data_tables(memory("chatalign", 500, 560))[-1].endswith("| 1.12 | ≤ 1.1 | no |")
+    assert report.data_tables(memory("chatalign", 500, 560))[-1].endswith("| 1.12 | ≤ 1.1 | no |")
 
 
 @pytest.mark.parametrize(("off", "named"), [(5e-5, False), (2e-4, True)])
-def test_an_arm_with_another_loss_is_named(bench, off, named):
+def test_an_arm_with_another_loss_is_named(off, named):
     results = [result("chatalign-default-float32", 1), result("trl-tuned-float32", 1, loss=2.0 + off)]
-    found = bench["run"].check_parity(results)
+    found = run.check_parity(results)
     assert bool(found) == named
     assert all("trl-tuned-float32" in line for line in found)
 
 
-def test_bf16_is_held_to_bf16(bench):
+def test_bf16_is_held_to_bf16():
     results = [
         result("chatalign-default-float32", 1),
         result("chatalign-default-bfloat16", 1, loss=2.001),
         result("trl-tuned-bfloat16", 1, loss=2.002),
         result("trl-default-bfloat16", 1, loss=2.01),
     ]
-    assert [line.split()[0] for line in bench["run"].check_parity(results)] == ["trl-default-bfloat16"]
+    assert [line.split()[0] for line in run.check_parity(results)] == ["trl-default-bfloat16"]
 
 
-def test_an_arm_without_its_environment_is_left_out(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench["run"], "VENVS", tmp_path)
-    names = {arm.name for arm in bench["run"].arms_of("sft")}
+def test_an_arm_without_its_environment_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "VENVS", tmp_path)
+    names = {arm.name for arm in run.arms_of("sft")}
     plain = {f"{who}-default-{dtype}" for who in ("chatalign", "floor") for dtype in ("float32", "bfloat16")}
     assert names == plain | {"chatalign-tuned-bfloat16", "chatalign-tuned-float32"}

@@ -1,4 +1,4 @@
-"""PPO side by side: ``python bench/ppo.py [--works ...] [--sizes ...] [--repeats N]``, part of ``make bench``.
+"""PPO side by side: ``python bench/run_ppo.py [--works ...] [--sizes ...] [--repeats N]``, part of ``make bench``.
 
 Beside TRL 1.12, the last release with a PPOTrainer, on the same models, prompts, temperature, epochs and optimizer
 steps, one thread, arms in turn. ``equal``: prompts of 72 tokens, replies of 64; ``unequal``: prompts as they are, and
