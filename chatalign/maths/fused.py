@@ -154,13 +154,13 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, weight_OI, a_RI, b_OR, low_TR = ctx.saved_tensors
         dtype = grad_TO.dtype
-        down_RI, up_OR = a_RI.to(dtype), b_OR.to(dtype)
+        down_RI = a_RI.to(dtype)
         if low_TR is None:
             low_TR = x_TI @ down_RI.t()
-        dlow_TR = (grad_TO @ up_OR).mul_(ctx.scaling)
+        dlow_TR = (grad_TO @ b_OR.to(dtype)).mul_(ctx.scaling)
         dx_TI = None
         if ctx.needs_input_grad[0] and _pays_to_fold(weight_OI, x_TI):
-            dx_TI = grad_TO @ _folded(weight_OI, down_RI, up_OR, ctx.scaling, dtype)
+            dx_TI = grad_TO @ _folded(weight_OI, a_RI, b_OR, ctx.scaling, dtype)
         elif ctx.needs_input_grad[0]:
             dx_TI = (grad_TO @ weight_OI.to(dtype)).addmm_(dlow_TR, down_RI)
         # The thin factor first and in order: a wide one would be turned in memory, for 1.3 × the product's time.
@@ -175,7 +175,8 @@ def _pays_to_fold(weight_OI: Tensor, x_TI: Tensor) -> bool:
 
 
 def _folded(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    return (weight_OI + (b_OR @ a_RI) * scaling).to(dtype)
+    wide = torch.promote_types(weight_OI.dtype, dtype)
+    return torch.addmm(weight_OI.to(wide), b_OR.to(wide), a_RI.to(wide), alpha=scaling).to(dtype)
 
 
 def lora_linear(

@@ -162,7 +162,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Step]:
 # 357 before a layer and its adapter became one product: more operators, most on a weight's or an adapter's size. A pass
 # has 13 more since the last layer runs on the rows that are read.
 @pytest.mark.parametrize(
-    ("work", "operators", "waits"), [("sft", 312, 3), ("lora", 462, 3), ("dpo", 646, 7)], ids=lambda value: str(value)
+    ("work", "operators", "waits"), [("sft", 312, 3), ("lora", 437, 3), ("dpo", 646, 7)], ids=lambda value: str(value)
 )
 def test_operators_of_a_step(steps: dict[str, Step], work: str, operators: int, waits: int) -> None:
     found = steps[work]
