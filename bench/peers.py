@@ -1,4 +1,4 @@
-"""Install each peer into its own virtual environment: `python bench/peers.py [NAME ...]`.
+"""Install chatalign and each peer into virtual environments of their own: `python bench/peers.py [NAME ...]`.
 
 An environment lies under bench/.venvs/NAME with `peer.json` (what was installed, or why not) and `install.log`. A peer
 whose recipe below is unchanged is not installed again; `--again` does it anew.
@@ -45,6 +45,7 @@ class InstallError(RuntimeError):
 class Peer:
     """How one peer is installed, and the import that shows it can train on this machine.
 
+    `checkout` is installed in the requirement's place, for its code to be run as it stands.
     `own_pins` are packages added at the versions of constraints.txt; else the peer's own requirement decides.
     `beside` is what it imports without naming it as a requirement. `stand_ins` are modules that it imports at its top
     and that have no build without CUDA: empty modules take their place, so that whatever would really call one fails.
@@ -52,12 +53,20 @@ class Peer:
 
     requirement: str
     imports: str
+    checkout: str | None = None
     own_pins: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     stand_ins: tuple[str, ...] = ()
 
 
 PEERS: dict[str, Peer] = {
+    # Without extras, as the peers are: what is installed (bitsandbytes, scikit-learn) transformers and peft import.
+    "chatalign": Peer(
+        requirement="chatalign",
+        checkout=str(ROOT),
+        imports="import chatalign.sft",
+        own_pins=("transformers", "peft", "datasets", "accelerate"),
+    ),
     "trl": Peer(
         requirement="trl==1.16.0",
         imports="from trl import DPOTrainer, RewardTrainer, SFTTrainer",
@@ -185,7 +194,7 @@ def install(peer: Peer, venv: Path) -> dict[str, str]:
 
     pip("--upgrade", "pip")  # The one that Python 3.11 brings walks back through gradio's releases for minutes.
     pip(torch)
-    pip("--no-deps", peer.requirement)
+    pip("--no-deps", *([peer.requirement] if peer.checkout is None else ["--editable", peer.checkout]))
     own_name = Requirement(peer.requirement).name
     own = next(iter(importlib.metadata.distributions(name=own_name, path=[str(site_packages(venv))])))
     pip(*installable(own.requires or []), *others, *peer.beside)

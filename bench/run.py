@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ class Arm:
     """A script, the environment that it runs in, and how it is set."""
 
     script: str
-    peer: str | None  # None: this environment
+    peer: str | None  # None: ours, or the bare loop
     variant: str
     dtype: str
 
@@ -46,8 +45,13 @@ class Arm:
 
     @property
     def python(self) -> Path:
-        """The interpreter of the arm's environment."""
-        return Path(sys.executable) if self.peer is None else VENVS / self.peer / "bin" / "python"
+        """The interpreter of the arm's environment; ours has what chatalign requires, and no extra, as peers' have."""
+        return VENVS / self.environment / "bin" / "python"
+
+    @property
+    def environment(self) -> str:
+        """The folder in bench/.venvs."""
+        return self.peer or "chatalign"
 
 
 def precisions() -> tuple[str, ...]:
@@ -56,7 +60,7 @@ def precisions() -> tuple[str, ...]:
 
 
 def arms_of(work: str, both: tuple[str, ...] = BOTH) -> list[Arm]:
-    """Ours, the floor, and each installed peer as it comes and at its best, at its best in `both` precisions.
+    """Of ours, the floor, and each peer as it comes and at its best, what is installed; the best in `both` precisions.
 
     Ours tuned is with ``train.torch_compile``, which makes the peers slower here: they compile the whole model, for
     each new length.
@@ -73,11 +77,15 @@ def arms_of(work: str, both: tuple[str, ...] = BOTH) -> list[Arm]:
 
 
 def installed(arm: Arm) -> bool:
-    """Whether `bench/peers.py` got this arm's peer to import."""
-    if arm.peer is None:
-        return True
-    record = VENVS / arm.peer / "peer.json"
+    """Whether `bench/peers.py` got what this arm runs to import."""
+    record = VENVS / arm.environment / "peer.json"
     return record.is_file() and json.loads(record.read_text()).get("reason") is None
+
+
+def require_ours() -> None:
+    """Stop where `bench/peers.py` has made no environment for chatalign: without its arms nothing is compared."""
+    if not installed(Arm("chatalign_arm", None, "default", "float32")):
+        raise SystemExit("chatalign has no environment under bench/.venvs: python bench/peers.py chatalign makes it")
 
 
 def run(arm: Arm, work: str, size: str, out: Path, core: int | None) -> dict | None:
@@ -141,6 +149,7 @@ def main() -> None:
     parser.add_argument("--core", type=int, help="pin to this core")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    require_ours()
     source = workload.make()
     head = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(head, capture_output=True, text=True, cwd=ROOT).stdout.strip()

@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--core", type=int, help="pin to this core")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    run.require_ours()
     dtypes = tuple(args.dtypes)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = args.out.with_suffix(f".{time.time_ns()}.line")

@@ -27,6 +27,8 @@ from chatalign.maths import logprobs
 # Of fp32 logits. Below the first the plain head is as fast and small; a CPU's chunks should stay near its caches.
 _PLAIN_LOGITS_BYTES = 8 * 2**20
 _CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+# Of a CPU's log-probabilities that a trained head keeps for the backward pass: their products needn't be made again.
+_KEPT_BYTES = {"cpu": 64 * 2**20}
 _IN_HALF = "chatalign_in_half"
 
 
@@ -65,6 +67,7 @@ def _output_layer_forward(layer: nn.Linear, hidden: Tensor) -> Tensor:
         request.temperature,
         entropy=request.entropy,
         entropy_grad=request.entropy_grad,
+        kept_tokens=_KEPT_BYTES.get(hidden.device.type, 0) // (4 * int(layer.out_features)),
     )
     return torch.stack((logps_K, entropy_K), dim=-1).unsqueeze(0)
 

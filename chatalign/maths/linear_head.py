@@ -53,6 +53,10 @@ class Head:
         torch.mm(hidden_CD, self.weight_VD.t(), out=own_CV)
         return wide_CV.copy_(own_CV) if self.low else own_CV
 
+    def copied(self, scaled_CV: Tensor) -> Tensor:
+        """A copy that the caller may overwrite, in the buffer of the logits where there is one."""
+        return scaled_CV.clone() if self._buffers is None else self._buffers[1][: len(scaled_CV)].copy_(scaled_CV)
+
     def narrowed(self, gradient_CV: Tensor) -> Tensor:
         """A gradient in the dtype of the products."""
         if not self.low or self._buffers is None:
@@ -148,6 +152,16 @@ def softmax_chunk(
     lse_C = largest_C + total_C.log()
     entropy_C = lse_C - torch.linalg.vecdot(probs_CV, scaled_CV) if entropy else torch.zeros_like(lse_C)
     return probs_CV, targeted_C - lse_C, entropy_C, lse_C
+
+
+def log_probs_chunk(scaled_CV: Tensor, targets_C: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities (C, V), those of the targets and entropies (or 0), each (C,); the logits are overwritten."""
+    log_probs_CV = torch.log_softmax(scaled_CV, -1)
+    logps_C = log_probs_CV.gather(-1, targets_C[:, None]).squeeze(-1)
+    if not entropy:
+        return log_probs_CV, logps_C, torch.zeros_like(logps_C)
+    probs_CV = torch.exp(log_probs_CV, out=scaled_CV)
+    return log_probs_CV, logps_C, -torch.linalg.vecdot(probs_CV, log_probs_CV)
 
 
 def logprobs_chunk(scaled_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:

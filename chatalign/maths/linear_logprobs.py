@@ -5,13 +5,14 @@ Shapes: K kept tokens, D hidden size, V vocabulary, C tokens of one chunk.
 Peak memory beyond inputs and outputs is about three C × V fp32 buffers. Where only the hidden states need a
 gradient (LoRA), the forward pass keeps d logp / d hidden, (K, D), and the backward pass is one product with no
 recomputation: a token's incoming gradient is one number, so it can be applied afterwards. Where the weight needs
-one, the backward pass recomputes each chunk's logits; a sum whose weights are known beforehand (the loss of SFT)
-needs no such thing, since one number scales all of its gradients.
+one, the backward pass recomputes the logits of those chunks whose log-probabilities the forward pass did not keep; a
+sum whose weights are known beforehand (the loss of SFT) needs no such thing, since one number scales all of its
+gradients.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from chatalign.maths.linear_head import (
     Gradients,
     Head,
     in_dtypes,
+    log_probs_chunk,
     logprobs_chunk,
     resolve,
     softmax_chunk,
@@ -34,6 +36,15 @@ def _entropy_gradient(head: Head, scaled_CV: Tensor, probs_CV: Tensor, lse_C: Te
     return gradient_CV.mul_(probs_CV).neg_().mul_(head.slope(scaled_CV))
 
 
+class _Options(NamedTuple):
+    chunk: int
+    temperature: float
+    softcap: float | None
+    entropy: bool
+    entropy_grad: bool
+    kept_chunks: int  # the first so many keep their log-probabilities for the backward pass
+
+
 class _ChunkedLinearLogprobs(torch.autograd.Function):
     """See `chunked_linear_logprobs`, which resolves dtypes and autocast before it comes here."""
 
@@ -44,15 +55,22 @@ class _ChunkedLinearLogprobs(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         targets_K: Tensor,
-        options: tuple[int, float, float | None, bool, bool],
+        options: _Options,
     ) -> tuple[Tensor, Tensor]:
-        chunk, temperature, softcap, entropy, entropy_grad = options
+        chunk, temperature, softcap, entropy, entropy_grad, kept_chunks = options
         head = Head(weight_VD, bias_V, temperature, softcap, chunk)
-        only_hidden = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
+        recomputes = any(ctx.needs_input_grad[1:3])
+        only_hidden = ctx.needs_input_grad[0] and not recomputes
+        keeps = recomputes and softcap is None and not entropy_grad  # else the logits themselves are looked at again
         logps, entropies, lses, logp_slopes, entropy_slopes = [], [], [], [], []
+        kept: list[Tensor] = []
         for hidden_CD, targets_C in zip(torch.split(hidden_KD, chunk), torch.split(targets_K, chunk), strict=True):
             scaled_CV = head.scaled_logits(hidden_CD)
-            if entropy or only_hidden:
+            if keeps and len(kept) < kept_chunks:
+                log_probs_CV, logps_C, entropy_C = log_probs_chunk(scaled_CV, targets_C, entropy=entropy)
+                kept.append(log_probs_CV)
+                lse_C = torch.zeros_like(logps_C)  # of logits that are normalised already
+            elif entropy or only_hidden:
                 overwrite = not entropy and softcap is None  # else the logits are looked at again
                 found = softmax_chunk(scaled_CV, targets_C, entropy=entropy, overwrite=overwrite)
                 probs_CV, logps_C, entropy_C, lse_C = found
@@ -74,7 +92,7 @@ class _ChunkedLinearLogprobs(torch.autograd.Function):
         if only_hidden:
             ctx.save_for_backward(torch.cat(logp_slopes), torch.cat(entropy_slopes) if entropy_grad else None)
         else:
-            ctx.save_for_backward(hidden_KD, weight_VD, bias_V, targets_K, lse_K, entropy_K)
+            ctx.save_for_backward(hidden_KD, weight_VD, bias_V, targets_K, lse_K, entropy_K, *kept)
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy_K)
         return logps_K, entropy_K
@@ -93,14 +111,15 @@ class _ChunkedLinearLogprobs(torch.autograd.Function):
 
 
 def _recomputed_gradients(ctx: Any, dlogps_K: Tensor, dentropy_K: Tensor) -> list[Tensor | None]:
-    """Gradients of hidden, weight and bias, those that are needed, with each chunk's logits built once more."""
-    hidden_KD, weight_VD, bias_V, targets_K, lse_K, entropy_K = ctx.saved_tensors
-    chunk, temperature, softcap, _, entropy_grad = ctx.options
+    """Gradients of hidden, weight and bias, those that are needed; logits that were not kept are built once more."""
+    hidden_KD, weight_VD, bias_V, targets_K, lse_K, entropy_K, *kept = ctx.saved_tensors
+    chunk, temperature, softcap, _, entropy_grad, _ = ctx.options
     head = Head(weight_VD, bias_V, temperature, softcap, chunk)
     gradients = Gradients(head, hidden_KD, ctx.needs_input_grad[:3])
-    for start in range(0, hidden_KD.shape[0], chunk):
+    for place, start in enumerate(range(0, hidden_KD.shape[0], chunk)):
         part = slice(start, start + chunk)
-        scaled_CV = head.scaled_logits(hidden_KD[part])
+        # Kept log-probabilities are copied: the backward pass may come a second time.
+        scaled_CV = head.copied(kept[place]) if place < len(kept) else head.scaled_logits(hidden_KD[part])
         from_entropy_CV = None
         slope = head.slope(scaled_CV)
         if entropy_grad:
@@ -167,6 +186,7 @@ def chunked_linear_logprobs(
     entropy: bool = True,
     entropy_grad: bool = False,
     softcap: float | None = None,
+    kept_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets and entropies under softmax((hidden W^T + bias) / temperature), both (K,).
 
@@ -174,6 +194,8 @@ def chunked_linear_logprobs(
     result. Entropies are 0 without `entropy`, which saves passes over the logits, and carry a gradient only with
     `entropy_grad`. `softcap` s replaces a logit x by s tanh(x / s) before the temperature, as Gemma 2 does; a model's
     logit scale goes into the temperature (temperature / scale).
+    Where the weight needs a gradient, whole chunks of up to `kept_tokens` tokens keep their (C, V) log-probabilities,
+    in fp32, for the backward pass, which recomputes the others'; none with a softcap or an entropy gradient.
     Under autocast the projection runs in its dtype, as a linear layer would. The weight must be whole: gather it
     first where it is sharded.
     Raises ValueError where the shapes do not fit, or chunk or temperature is not positive.
@@ -181,7 +203,7 @@ def chunked_linear_logprobs(
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
     hidden_KD, weight_VD, bias_V = resolve(hidden_KD, weight_VD, bias_V, targets_K, chunk)
-    options = (chunk, temperature, softcap, entropy or entropy_grad, entropy_grad)
+    options = _Options(chunk, temperature, softcap, entropy or entropy_grad, entropy_grad, kept_tokens // chunk)
     with torch.autocast(hidden_KD.device.type, enabled=False):
         logps_K, entropy_K = _ChunkedLinearLogprobs.apply(hidden_KD, weight_VD, bias_V, targets_K, options)
     return logps_K, entropy_K

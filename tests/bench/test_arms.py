@@ -66,12 +66,13 @@ def forked(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         return json.loads(out.read_text()) | {"arm": name}
 
     monkeypatch.setattr(run, "run_process", run_process)
+    monkeypatch.setattr(run, "installed", lambda arm: arm.peer is None)
     monkeypatch.setattr(workload, "CACHE", cache)
 
 
 @pytest.mark.parametrize("work", ["sft", "sft-lora", "dpo-short", "reward-long"])
 def test_training(forked: None, tmp_path: Path, work: str) -> None:
-    arms = [arm for arm in run.arms_of(work, ("float32",)) if arm.peer is None and arm.variant == "default"]
+    arms = [arm for arm in run.arms_of(work, ("float32",)) if arm.variant == "default"]
     results = [run.run(arm, work, "3.4M", tmp_path / f"{arm.name}.json", None) for arm in arms]
     assert [r["arm"].split("-")[0] for r in results] == (["chatalign", "floor"] if "sft" in work else ["chatalign"])
     assert all(r["items_per_cpu_s"] > 0 and r["probe_grad_norm"] > 0 for r in results)
@@ -80,9 +81,7 @@ def test_training(forked: None, tmp_path: Path, work: str) -> None:
 
 @pytest.mark.parametrize("part", ["unequal", "lora", "rollout", "memory", "floor"])
 def test_ppo(forked: None, tmp_path: Path, part: str) -> None:
-    jobs = [
-        job for job in run_ppo.jobs_of(part, ("float32",)) if job.arm.peer is None and job.arm.variant != "continuous"
-    ]
+    jobs = [job for job in run_ppo.jobs_of(part, ("float32",)) if not job.arm.peer and job.arm.variant != "continuous"]
     results = [run_ppo.run_job(job, "3.4M", tmp_path / f"{job.arm.variant}.json", None) for job in jobs]
     assert len(results) == len(jobs) >= 1
     measured = {"floor": lambda r: min(r["gflops"].values()), "memory": lambda r: r["peak_mb"]}

@@ -65,6 +65,24 @@ def test_every_pip_command_of_an_install_is_held_to_the_constraints(peers, monke
     assert "torch" not in pip[-1]
 
 
+def test_ours_is_the_checkout_without_extras(peers, monkeypatch, tmp_path):
+    pip = []
+
+    def record(command, **_):
+        pip.append([str(word) for word in command])
+        info = tmp_path / "lib/python3/site-packages/chatalign.dist-info"
+        info.mkdir(parents=True, exist_ok=True)
+        needs = "Requires-Dist: torch\nRequires-Dist: peft\nRequires-Dist: bitsandbytes; extra == 'quantization'\n"
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: chatalign\nVersion: 0.1.0\n{needs}")
+
+    monkeypatch.setattr(peers, "watched", record)
+    monkeypatch.setattr(peers.subprocess, "run", lambda *_, **__: None)
+    assert peers.install(peers.PEERS["chatalign"], tmp_path) == {"chatalign": "0.1.0"}
+    assert any(command[-3:] == ["--no-deps", "--editable", str(FILE.parents[1])] for command in pip)
+    assert any("peft" in command for command in pip)
+    assert not any("bitsandbytes" in word for command in pip for word in command)
+
+
 @pytest.mark.parametrize("fetched", ["nvidia-cublas-cu12==12.8 (from torch)", "torchvision", "cuda-bindings<14"])
 def test_an_install_that_reaches_for_cuda_is_stopped(peers, tmp_path, fetched):
     (tmp_path / "constraints.txt").write_text("")

@@ -156,6 +156,14 @@ def test_bf16_is_held_to_bf16():
 
 def test_an_arm_without_its_environment_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "VENVS", tmp_path)
-    names = {arm.name for arm in run.arms_of("sft")}
+    with pytest.raises(SystemExit, match=r"python bench/peers.py chatalign"):
+        run.require_ours()
+    (tmp_path / "chatalign").mkdir()
+    (tmp_path / "chatalign/peer.json").write_text('{"versions": {"chatalign": "0.1.0"}}')
+    (tmp_path / "trl").mkdir()
+    (tmp_path / "trl/peer.json").write_text('{"reason": "no network"}')
+    run.require_ours()
+    arms = run.arms_of("sft")
     plain = {f"{who}-default-{dtype}" for who in ("chatalign", "floor") for dtype in ("float32", "bfloat16")}
-    assert names == plain | {"chatalign-tuned-bfloat16", "chatalign-tuned-float32"}
+    assert {arm.name for arm in arms} == plain | {"chatalign-tuned-bfloat16", "chatalign-tuned-float32"}
+    assert {arm.python for arm in arms} == {tmp_path / "chatalign/bin/python"}

@@ -72,15 +72,17 @@ def test_impossible_tokens_add_nothing_to_the_entropy_or_its_gradient() -> None:
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("entropy_grad", [False, True])
 @pytest.mark.parametrize("trained", ["hidden", "all", "weight", "bias"])
+@pytest.mark.parametrize("kept_tokens", [0, 11, 10_000])
 def test_chunked_equals_plain_with_gradients(
-    head: tuple[Tensor, ...], chunk: int, cap: float | None, entropy_grad: bool, trained: str
+    head: tuple[Tensor, ...], chunk: int, cap: float | None, entropy_grad: bool, trained: str, kept_tokens: int
 ) -> None:
     *inputs, targets_K = head
     names = ("hidden", "weight", "bias")
     for name, tensor in zip(names, inputs, strict=True):
         tensor.requires_grad_(trained in (name, "all"))
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    ours = chunked_linear_logprobs(*inputs, targets_K, chunk, 0.7, entropy_grad=entropy_grad, softcap=cap)
+    options = {"entropy_grad": entropy_grad, "softcap": cap, "kept_tokens": kept_tokens}
+    ours = chunked_linear_logprobs(*inputs, targets_K, chunk, 0.7, **options)
     theirs = plain(*inputs, targets_K, 0.7, cap)
     for our_K, their_K in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our_K, their_K, atol=1e-5, rtol=1e-6)
@@ -105,6 +107,27 @@ def test_chunked_equals_plain_to_1e_6_in_double_and_passes_gradcheck(head: tuple
         return chunked_linear_logprobs(hidden[:5], weight, bias, head[3][:5], 2, 1.3, entropy_grad=True)
 
     assert torch.autograd.gradcheck(both, (hidden_KD, weight_VD, bias_V))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_log_probabilities_are_not_made_again_and_serve_twice(
+    head: tuple[Tensor, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden_KD, weight_VD = (tensor.to(dtype).requires_grad_() for tensor in head[:2])
+    made = []
+    scaled_logits = linear_head.Head.scaled_logits
+    monkeypatch.setattr(linear_head.Head, "scaled_logits", lambda *a: made.append(len(a[1])) or scaled_logits(*a))
+    chunk, found = 5, []
+    for kept_tokens, chunks_again in ((0, -(-K // chunk)), (2 * chunk + 1, -(-K // chunk) - 2), (K + chunk, 0)):
+        logps_K, _ = chunked_linear_logprobs(
+            hidden_KD, weight_VD, None, head[3], chunk, entropy=False, kept_tokens=kept_tokens
+        )
+        made.clear()
+        for _ in range(2):
+            found.append(torch.autograd.grad(logps_K.sum(), (hidden_KD, weight_VD), retain_graph=True))
+        assert len(made) == 2 * chunks_again
+    for ours in found[1:]:
+        torch.testing.assert_close(ours, found[0], atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_certain_tokens_keep_their_gradient_in_bf16() -> None:
