@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ppo_work
-from harness import rss_mb
+from harness import peak_mb
 
 WARM = 1
 WORKS = ("equal", "unequal", "lora", "lora-equal")
@@ -122,7 +122,7 @@ def finish(clock: Clock, args: argparse.Namespace, arm: str, first: dict[str, fl
         "wall_s": sum(i.wall_s for i in timed) / len(timed),
         "items_per_cpu_s": tokens / total,
         "replies_per_cpu_s": replies / total,
-        "peak_mb": rss_mb(),
+        "peak_mb": peak_mb(),
         "steps": ppo_work.EPOCHS,
         "first_grad_norm": clock.first_grad_norm,
         "first": first,

@@ -93,10 +93,10 @@ def data_preparation(file: str, tokenizer: str) -> Measured:
     datasets.disable_caching()
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     section = DataSection(datasets=[{"path": file}], max_length=2048)
-    before, started = harness.rss_mb(), time.process_time()
+    before, started = harness.peak_mb(), time.process_time()
     rows = prepare(section, loaded, "conversation", seed=0).train
     make_bins(rows, row_lengths(rows), section.max_length)
-    return {"cpu_s": time.process_time() - started, "memory_mb": harness.rss_mb() - before}
+    return {"cpu_s": time.process_time() - started, "memory_mb": harness.peak_mb() - before}
 
 
 def sft_step(
@@ -109,11 +109,11 @@ def sft_step(
     if head == "chunked":
         loss_head._PLAIN_LOGITS_BYTES = 0
     batch = documents(count, length, vocabulary)
-    before = harness.rss_mb()
+    before = harness.peak_mb()
     step = _stepper(model, lambda: -loss_head.token_logprobs(model, batch)[0].mean())
     return {
         "cpu_s": _median_time(step, timed),
-        "memory_mb": harness.rss_mb() - before,
+        "memory_mb": harness.peak_mb() - before,
         "attention_s": layers * _median_time(lambda: _attention(batch, hidden), timed),
         "matmul_parameters": matmul_parameters(model),
     }

@@ -88,7 +88,7 @@ def main() -> None:
     model.zero_grad()
     optimizer = torch.optim.AdamW(trained, lr=harness.LEARNING_RATE, weight_decay=0.0, fused=True)
     batches = pack(tokens(tokenizer, ARGS.rows))
-    measured.memory_before_mb = harness.rss_mb()
+    measured.memory_before_mb = harness.peak_mb()
     for batch in batches:
         loss = loss_of(model, batch, supervised([batch]))
         loss.backward()

@@ -72,7 +72,7 @@ def main() -> None:
         "model": ARGS.size,
         "dtype": ARGS.dtype,
         "tokens": tokens,
-        "peak_mb": harness.rss_mb(),
+        "peak_mb": harness.peak_mb(),
         "before_mb": measured.memory_before_mb,
         "versions": ppo_harness.versions("torch", "transformers", "peft"),
     }

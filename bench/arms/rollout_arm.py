@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo_harness
 import ppo_work
 import torch
-from harness import rss_mb
+from harness import peak_mb
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 ARGS = ppo_harness.arguments()
@@ -101,7 +101,7 @@ def main() -> None:
         "continuous": lambda: continuous(model, tokenizer, prompts),
     }
     half = torch.autocast("cpu", torch.bfloat16) if ARGS.dtype == "bfloat16" else nullcontext()
-    before_mb = rss_mb()
+    before_mb = peak_mb()
     with half, torch.no_grad():
         draw = ways[ARGS.variant]()
         draw(0)
@@ -119,8 +119,8 @@ def main() -> None:
         "cpu_s": cpu_s,
         "wall_s": wall_s,
         "items_per_cpu_s": sum(lengths) / cpu_s,
-        "peak_mb": rss_mb(),
-        "drawing_mb": rss_mb() - before_mb,
+        "peak_mb": peak_mb(),
+        "drawing_mb": peak_mb() - before_mb,
         "versions": ppo_harness.versions("torch", "transformers"),
     }
     Path(ARGS.out).write_text(json.dumps(result) + "\n")
