@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from dataclasses import replace
@@ -144,7 +145,7 @@ def test_the_manifest_says_what_the_run_was_made_from(begun: tuple[Path, LmTrain
         "parents": [],
     }
     assert manifest["recipe"] == trainer.recipe.model_dump(mode="json")
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_precision_is_the_new_one(begun: tuple[Path, LmTrainer], tmp_path: Path) -> None:
