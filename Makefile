@@ -45,8 +45,7 @@ bench: bench-peers  ## chatalign beside its peers on this machine: hours, and be
 	$(BIN)/python bench/run_ppo.py --sizes $(filter-out 25M,$(BENCH_SIZES)) --repeats $(BENCH_REPEATS)
 	$(BIN)/python bench/data_prep.py
 	$(BIN)/python bench/startup.py
-	$(BIN)/python bench/scaling.py
-	$(BIN)/python bench/report.py
+	$(BIN)/python bench/scaling.py; kept=$$?; $(BIN)/python bench/report.py && exit $$kept
 
 pocket-data: setup  ## make data/pocket again, from its script
 	$(BIN)/python data/pocket/make_pocket.py

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 RESULTS = ROOT / "bench" / "results" / "startup.jsonl"
 MODEL, ROWS = ROOT / "data/pocket/base", ROOT / "data/pocket/sft.jsonl"
+PARTS = ("light", "first-step", "chain")
 SHORT = [
     *(f"{stage}.train.max_steps=20" for stage in ("sft", "reward", "dpo")),
     "ppo.ppo.total_episodes=768",
@@ -181,19 +182,28 @@ def record(bench: str, arm: str, **values: float) -> None:
             file.write(json.dumps(line | {"load": os.getloadavg()[0], "time": int(time.time())}) + "\n")
 
 
-def main() -> None:
-    """Measure what was asked for, or all three."""
+def parsed(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line; without a part named, all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["light", "first-step", "chain"], default=[])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--full", action="store_true", help="the quickstart as it is")
-    given = parser.parse_args()
-    what = given.what or ["light", "first-step", "chain"]
-    if "light" in what:
+    given = parser.parse_args(words)
+    unknown = [part for part in given.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"{unknown[0]} is no part; name any of {', '.join(PARTS)}")
+    given.parts = given.parts or list(PARTS)
+    return given
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    given = parsed()
+    if "light" in given.parts:
         light(given.repeats or 7)
-    if "first-step" in what:
+    if "first-step" in given.parts:
         first_step(given.repeats or 3)
-    if "chain" in what:
+    if "chain" in given.parts:
         chain(given.repeats or (1 if given.full else 3), full=given.full)
 
 

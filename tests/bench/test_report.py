@@ -10,6 +10,7 @@ sys.path.insert(0, str(BENCH))
 
 import report  # noqa: E402 - scripts run by path, no package
 import run  # noqa: E402
+import startup  # noqa: E402
 
 
 def result(arm: str, speed: float, *, repeat: int = 0, loss: float = 2.0, memory: float = 100.0) -> dict:
@@ -167,3 +168,11 @@ def test_an_arm_without_its_environment_is_left_out(tmp_path, monkeypatch):
     plain = {f"{who}-default-{dtype}" for who in ("chatalign", "floor") for dtype in ("float32", "bfloat16")}
     assert {arm.name for arm in arms} == plain | {"chatalign-tuned-bfloat16", "chatalign-tuned-float32"}
     assert {arm.python for arm in arms} == {tmp_path / "chatalign/bin/python"}
+
+
+def test_start_up_is_measured_whole_unless_parts_are_named(capsys):
+    assert startup.parsed([]).parts == ["light", "first-step", "chain"]
+    assert startup.parsed(["chain", "--full"]).parts == ["chain"]
+    with pytest.raises(SystemExit):
+        startup.parsed(["chains"])
+    assert "chains is no part; name any of light" in capsys.readouterr().err
