@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-WARM_STEPS = 2
+WARM_STEPS = 4  # compiled layers meet their second kind of batch in the third step
+SHARES = 40  # of an arm's timed steps: one at a time where arms step in turn
 LEARNING_RATE = 1e-4
 BATCH, PACKS = 8, 4  # rows a step where rows are padded; packs of 512 tokens where they are packed
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
@@ -73,6 +74,23 @@ def mark(measured: Measured) -> None:
     measured.marks.append((time.process_time(), time.perf_counter()))
 
 
+def wait_for_turn(step: int, steps: int) -> None:
+    """Before `step` of `steps`, where arms step in turn: at the end of a share hand on, and wait to be told to go on.
+
+    ``processes.py`` gives the two pipes, in the environment. What comes before the first timed step is one share more;
+    a share of less than a step is handed on as it is, so that all arms are halfway, and end, in the same round.
+    """
+    pipes = os.environ.get("BENCH_TURNS")
+    if pipes is None or step < WARM_STEPS:
+        return
+    ended, ended_before = ((at - WARM_STEPS) * SHARES // (steps - WARM_STEPS) for at in (step, step - 1))
+    tell, told = map(int, pipes.split())
+    for _ in range(ended - ended_before if step > WARM_STEPS else 1):
+        os.write(tell, b".")
+        if not os.read(told, 1):
+            raise SystemExit("the bench that told this arm when to step has ended")
+
+
 def install(count: Count, probe: Probe) -> Measured:
     """Watch the next ``Trainer.train``: `probe` before it, `count` of each micro-batch, the clocks after each step.
 
@@ -84,6 +102,9 @@ def install(count: Count, probe: Probe) -> Measured:
     measured = Measured()
 
     class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            wait_for_turn(state.global_step, state.max_steps)
+
         def on_step_end(self, args, state, control, **kwargs):  # the callback interface
             mark(measured)
 

@@ -2,8 +2,8 @@
 
 Of another kind of machine: ``python bench/report.py --notes NOTES_x.md --out RESULTS_x.md``.
 
-Ratios are taken within a turn (ours and the peer's run that followed each other), then their median, with the smallest
-and the largest beside it. The best peer arm is the fastest by median, whatever its precision.
+Ratios are taken between runs that stepped in turn (where there are none, that followed each other), then their median,
+with the smallest and the largest beside it. The best peer arm is the one nearest to ours, whatever its precision.
 """
 
 from __future__ import annotations
@@ -62,30 +62,43 @@ def by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def speed(results: Sequence[Result]) -> float:
-    """The median of items a CPU second."""
-    return median(r["items_per_cpu_s"] for r in results)
+    """The median of items a CPU second, of runs in turn where there are any."""
+    in_turn = [r for r in results if r.get("in_turn")]
+    return median(r["items_per_cpu_s"] for r in in_turn or results)
 
 
-def best(arms: dict[str, list[Result]]) -> tuple[str, str] | None:
-    """The fastest of our arms, and of the peers' the one that comes nearest to it, turn by turn.
+def nearest(arms: dict[str, list[Result]]) -> tuple[str | None, list[str]]:
+    """The fastest of our arms, and the peers' by how near they come to it, turn by turn, the nearest first.
 
-    Not the peer with the largest median: one that only ran in quiet turns would seem faster than it is.
+    Not by their medians: one that only ran in quiet turns would seem faster than it is.
     """
     ours = max((name for name in arms if name.startswith(OURS)), key=lambda name: speed(arms[name]), default=None)
     if ours is None:
-        return None
+        return None, []
     peers = {
-        name: median(found)
+        name: (not any(r.get("in_turn") for r in arms[name]), median(found))  # those that stepped in turn first
         for name in arms
         if not name.startswith((OURS, FLOOR)) and (found := ratios(arms[ours], arms[name]))
     }
-    return (ours, min(peers, key=peers.__getitem__)) if peers else None
+    return ours, sorted(peers, key=peers.__getitem__)
+
+
+def best(arms: dict[str, list[Result]]) -> tuple[str, str] | None:
+    """The fastest of our arms, and of the peers' the one that comes nearest to it."""
+    ours, peers = nearest(arms)
+    return (ours, peers[0]) if ours is not None and peers else None
 
 
 def ratios(ours: Sequence[Result], theirs: Sequence[Result]) -> list[float]:
-    """Ours over theirs, turn by turn."""
-    them = {r["repeat"]: r["items_per_cpu_s"] for r in theirs}
-    return [r["items_per_cpu_s"] / them[r["repeat"]] for r in ours if r["repeat"] in them]
+    """Ours over theirs, turn by turn: of the runs in which they stepped in turn, else of those one after the other."""
+    for in_turn in (True, False):
+        mine, them = (
+            {r["repeat"]: r["items_per_cpu_s"] for r in runs if r.get("in_turn", False) == in_turn}
+            for runs in (ours, theirs)
+        )
+        if common := mine.keys() & them.keys():
+            return [mine[repeat] / them[repeat] for repeat in sorted(common)]
+    return []
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -143,15 +156,17 @@ def lora_lines(groups: dict[tuple[str, str], list[Result]]) -> list[str]:
 def arms_table(work: str, size: str, arms: dict[str, list[Result]]) -> list[str]:
     """Every arm of a work: speed, memory, and the loss and gradient norm on the probe rows."""
     unit = "tokens" if work.startswith("sft") else "pairs"
-    lines = ["", f"### {work}, {size}", "", f"| arm | {unit} a CPU second | peak MB | probe loss | gradient norm | n |"]
+    lines = ["", f"### {work}, {size}", ""]
+    lines.append(f"| arm | {unit} a CPU second | peak MB | probe loss | gradient norm | runs in turn, alone |")
     lines.append("|---|---|---|---|---|---|")
     for name in sorted(arms, key=lambda name: -speed(arms[name])):
         runs = arms[name]
+        in_turn = [r for r in runs if r.get("in_turn")]
         memory = median(r["peak_mb"] for r in runs)
-        digits = 0 if unit == "tokens" else 1
+        rates = spread([r["items_per_cpu_s"] for r in in_turn or runs], 0 if unit == "tokens" else 1)
         lines.append(
-            f"| {name} | {spread([r['items_per_cpu_s'] for r in runs], digits)} | {memory:.0f} "
-            f"| {runs[0]['probe_loss']:.5f} | {runs[0]['probe_grad_norm']:.4f} | {len(runs)} |"
+            f"| {name} | {rates} | {memory:.0f} | {runs[0]['probe_loss']:.5f} | {runs[0]['probe_grad_norm']:.4f} "
+            f"| {len(in_turn)}, {len(runs) - len(in_turn)} |"
         )
     return lines
 

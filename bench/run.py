@@ -1,9 +1,10 @@
 """Training side by side: ``python bench/run.py [--works ...] [--sizes ...] [--repeats N]``, part of ``make bench``.
 
-Every arm is a process of its own, one thread, on the same model and rows; the arms of all works take turns
-(A-B-C-A-B-C), so that a busy minute of the machine hits all. What is compared is process CPU time over the same steps.
-A result counts where its gradient is not zero and where its loss on the probe rows is chatalign's, to 1e-4 in float32.
-Lines go to bench/results/training.jsonl, which ``bench/report.py`` turns into RESULTS.md.
+Every arm is a process of its own, one thread, on the same model and rows. First each runs alone, then those that were
+fastest step in turn, on one core, so that a busy second of the machine hits all of them: ratios are taken from these.
+What is compared is process CPU time over the same steps. A result counts where its gradient is not zero and where its
+loss on the probe rows is chatalign's, to 1e-4 in float32. Lines go to bench/results/training.jsonl, which
+``bench/report.py`` turns into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -11,20 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
+import report
 import workload
+from processes import in_turn, run_process
 
 ROOT = workload.ROOT
 ARMS, VENVS = ROOT / "bench" / "arms", ROOT / "bench" / ".venvs"
 RESULTS = ROOT / "bench" / "results" / "training.jsonl"
 WORKS = ("sft", "sft-lora", "dpo-short", "dpo-long", "reward-short", "reward-long")
+# Works whose arms step in turn together: LoRA is held against full fine-tuning too.
+GROUPS = (("sft", "sft-lora"), *((work,) for work in WORKS[2:]))
 BOTH = ("bfloat16", "float32")
-TIME_LIMIT_S = 900
 # In float32 one batch has one loss; bf16 rounds in another order everywhere.
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-3}
 
@@ -52,6 +59,14 @@ class Arm:
     def environment(self) -> str:
         """The folder in bench/.venvs."""
         return self.peer or "chatalign"
+
+
+class Turn(NamedTuple):
+    """One run of an arm."""
+
+    repeat: int
+    work: str
+    arm: Arm
 
 
 def precisions() -> tuple[str, ...]:
@@ -88,87 +103,133 @@ def require_ours() -> None:
         raise SystemExit("chatalign has no environment under bench/.venvs: python bench/peers.py chatalign makes it")
 
 
+def command(arm: Arm, work: str, size: str) -> list[str]:
+    """What runs the arm, but for ``--out``."""
+    parts = [arm.python, ARMS / f"{arm.script}.py", "--work", work, "--model", workload.model_folder(size, work)]
+    parts += ["--rows", workload.rows_file(work), "--probe", workload.probe_file(work)]
+    return list(map(str, [*parts, "--dtype", arm.dtype, "--variant", arm.variant]))
+
+
 def run(arm: Arm, work: str, size: str, out: Path, core: int | None) -> dict | None:
-    """One process; its result, or None with what it said where it failed."""
-    command = [arm.python, ARMS / f"{arm.script}.py", "--work", work, "--model", workload.model_folder(size, work)]
-    command += ["--rows", workload.rows_file(work), "--probe", workload.probe_file(work), "--out", out]
-    command += ["--dtype", arm.dtype, "--variant", arm.variant]
-    return run_process(list(map(str, command)), arm.name, out, core)
+    """One process alone; its result, or None with what it said where it failed."""
+    return run_process([*command(arm, work, size), "--out", str(out)], arm.name, out, core)
 
 
-def run_process(command: list[str], name: str, out: Path, core: int | None) -> dict | None:
-    """A command of one thread that writes its result to `out`; None, with what it said, where it failed."""
-    single = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    environment = os.environ | single | {"HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_MODE": "disabled"}
-    pinned = [] if core is None else ["taskset", "-c", str(core)]
-    out.unlink(missing_ok=True)
-    try:
-        done = subprocess.run(
-            [*pinned, *command], env=environment, capture_output=True, text=True, timeout=TIME_LIMIT_S
-        )
-    except subprocess.TimeoutExpired:
-        print(f"  {name}: no end after {TIME_LIMIT_S} s", flush=True)
-        return None
-    if done.returncode or not out.is_file():
-        print(f"  {name}: {(done.stderr.strip().splitlines() or ['ended without a result'])[-1][:200]}", flush=True)
-        return None
-    return json.loads(out.read_text()) | {"arm": name}
-
-
-def check_parity(results: list[dict]) -> list[str]:
-    """The arms of one work whose loss on the probe rows is not chatalign's, where it ran in the same precision."""
+def unlike(results: list[dict]) -> dict[str, str]:
+    """The arms of one work whose loss on the probe rows is not chatalign's of the same precision, each with a line."""
     ours = {r["dtype"]: r["probe_loss"] for r in results if r["arm"].startswith("chatalign")}
     found = {}
     for r in results:
         if r["dtype"] in ours and abs(r["probe_loss"] - ours[r["dtype"]]) > SAME_LOSS[r["dtype"]]:
             found[r["arm"]] = f"{r['arm']} on {r['work']} {r['model']}: loss {r['probe_loss']:.6f}, "
             found[r["arm"]] += f"chatalign's {ours[r['dtype']]:.6f}"
-    return list(found.values())
+    return found
 
 
-def turns(
-    works: list[str], repeats: int, names: tuple[str, ...], dtypes: tuple[str, ...]
-) -> Iterator[tuple[int, str, Arm]]:
-    """(repeat, work, arm) in the order they run; a peer as it comes, which is never its best, once."""
+def alone(works: list[str], repeats: int, names: tuple[str, ...], dtypes: tuple[str, ...]) -> Iterator[Turn]:
+    """What runs alone, in order; a peer as it comes, which is never its best, once."""
     for repeat in range(repeats):
         for work in works:
             for arm in arms_of(work, dtypes):
                 once = arm.variant == "default" and arm.peer is not None
                 if arm.name.startswith(names) and not (repeat and once):
-                    yield repeat, work, arm
+                    yield Turn(repeat, work, arm)
 
 
-def main() -> None:
-    """Run what is asked for, arms in turn, and append each result as it comes."""
+def leading(work: str, arms: list[Arm], results: list[dict]) -> list[list[Arm]]:
+    """Of `arms`, by what they did alone: ours in the faster precision, the nearest peer, the floor, the next peer.
+
+    Peers with another loss are left out. All of `arms`, where none ran alone.
+    """
+    results = [r for r in results if r["work"] == work]
+    other_loss = unlike(results)
+    of_work = report.by_arm([r for r in results if r["arm"] not in other_loss])
+    ours, peers = report.nearest(of_work)
+    if ours is None:
+        return [arms]
+    dtype = ours.rsplit("-", 1)[1]
+    floors = sorted((name for name in of_work if name.startswith("floor")), key=lambda n: -report.speed(of_work[n]))
+    named = [[name for name in of_work if name.startswith("chatalign") and name.endswith(dtype)]]
+    named += [peers[:1], floors[:1], peers[1:2]]
+    by_name = {arm.name: arm for arm in arms}
+    return [[by_name[name] for name in names] for names in named]
+
+
+def fitting(jobs: list[Turn], results: list[dict]) -> list[Turn]:
+    """The first of `jobs` that fit into nine tenths of the free memory together, by their peaks alone."""
+    peaks = {(r["work"], r["arm"]): r["peak_mb"] for r in results}
+    room = 0.9 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) / 1024
+    fit = []
+    for job in jobs:
+        room -= peaks.get((job.work, job.arm.name), 0)
+        if room > 0 or not fit:
+            fit.append(job)
+        else:
+            print(f"  {job.work} {job.arm.name}: not in turn with the others, which leave it no memory", flush=True)
+    return fit
+
+
+def side_by_side(works: list[str], results: list[dict], names: tuple[str, ...], dtypes: tuple[str, ...]) -> list[Turn]:
+    """What steps in turn: the leading arms of `works`."""
+    ranks = [leading(w, [a for a in arms_of(w, dtypes) if a.name.startswith(names)], results) for w in works]
+    jobs = [
+        Turn(0, work, arm)
+        for rank in zip_longest(*ranks, fillvalue=[])
+        for work, arms in zip(works, rank, strict=True)
+        for arm in arms
+    ]
+    return fitting(jobs, results)
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--sizes", nargs="+", choices=list(workload.SIZES), default=["7M"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--alone", type=int, default=1, help="how often every arm runs by itself, to find the fastest")
+    parser.add_argument("--repeats", type=int, default=3, help="how often the fastest then step in turn")
     parser.add_argument("--arms", nargs="+", help="only arms whose name starts with one of these")
     parser.add_argument("--dtypes", nargs="+", choices=BOTH, default=precisions())
     parser.add_argument("--core", type=int, help="pin to this core")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def record(turn: Turn, result: dict | None, about: dict, out: Path) -> list[dict]:
+    """Append what a run measured, with what is known about it; none where it failed."""
+    if result is None:
+        return []
+    line = result | about | {"repeat": turn.repeat, "at": time.time()}
+    with out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    speed = f"{line['items_per_cpu_s']:.1f} a CPU second{', in turn' if 'in_turn' in line else ''}"
+    print(f"{turn.work} {line['model']} {turn.arm.name}: {speed}, {line['peak_mb']:.0f} MB", flush=True)
+    return [line]
+
+
+def main() -> None:
+    """Run what is asked for, and append each result as it comes."""
+    args = parsed()
     require_ours()
-    source = workload.make()
+    chosen = tuple(args.arms or [""]), tuple(args.dtypes)
     head = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(head, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    about = {"rows": workload.make(), "commit": commit}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = args.out.with_suffix(f".{os.getpid()}.line")
+    shared_core = max(os.sched_getaffinity(0)) if args.core is None else args.core
     different: list[str] = []
     for size in args.sizes:
-        results: dict[str, list[dict]] = {work: [] for work in args.works}
-        for repeat, work, arm in turns(args.works, args.repeats, tuple(args.arms or [""]), tuple(args.dtypes)):
-            result = run(arm, work, size, scratch, args.core)
-            if result is None:
-                continue
-            result |= {"repeat": repeat, "rows": source, "at": time.time(), "commit": commit}
-            results[work].append(result)
-            with args.out.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            speed = f"{result['items_per_cpu_s']:.1f} a CPU second"
-            print(f"{work} {size} {arm.name}: {speed}, {result['peak_mb']:.0f} MB", flush=True)
-        different += [line for of_work in results.values() for line in check_parity(of_work)]
+        found: list[dict] = []
+        for turn in alone(args.works, args.alone, *chosen):
+            found += record(turn, run(turn.arm, turn.work, size, scratch, args.core), about, args.out)
+        for repeat, group in product(range(args.repeats), GROUPS):
+            jobs = side_by_side([work for work in args.works if work in group], found, *chosen)
+            results = in_turn([(job.arm.name, command(job.arm, job.work, size)) for job in jobs], shared_core)
+            for job, result in zip(jobs, results, strict=True):
+                found += record(job._replace(repeat=repeat), result, about | {"in_turn": True}, args.out)
+        for work in args.works:
+            different += unlike([result for result in found if result["work"] == work]).values()
     scratch.unlink(missing_ok=True)
     for line in different:
         print(f"not the same loss: {line}")

@@ -89,7 +89,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, lr=harness.LEARNING_RATE, weight_decay=0.0, fused=True)
     batches = pack(tokens(tokenizer, ARGS.rows))
     measured.memory_before_mb = harness.peak_mb()
-    for batch in batches:
+    for step, batch in enumerate(batches):
+        harness.wait_for_turn(step, len(batches))
         loss = loss_of(model, batch, supervised([batch]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -63,6 +63,55 @@ def test_a_peer_that_ran_in_quiet_turns_alone_is_not_the_fastest_for_it():
     assert report.best(arms) == ("chatalign-default-float32", "llamafactory-tuned-float32")
 
 
+def test_runs_in_turn_say_more_than_runs_alone():
+    ours = [result("chatalign-float32", 20), result("chatalign-float32", 30) | {"in_turn": True}]
+    theirs = [result("trl-float32", 5), result("trl-float32", 10) | {"in_turn": True}]
+    alone = [result("ms-swift-float32", 19)]
+    assert report.ratios(ours, theirs) == [3.0]
+    assert report.ratios(ours, alone) == [20 / 19]
+    assert report.speed(ours) == 30
+    arms = {"chatalign-float32": ours, "trl-float32": theirs, "ms-swift-float32": alone}
+    assert report.nearest(arms) == ("chatalign-float32", ["trl-float32", "ms-swift-float32"])
+
+
+def arms_named(*names: str) -> list[run.Arm]:
+    scripts = [name.split("-") for name in names]
+    return [run.Arm(f"{who}_arm", None if who == "chatalign" else who, how, dtype) for who, how, dtype in scripts]
+
+
+def test_what_steps_in_turn_is_what_led_alone():
+    speeds = {
+        "chatalign-default-float32": 50,
+        "chatalign-tuned-float32": 60,
+        "chatalign-tuned-bfloat16": 20,
+        "trl-tuned-float32": 20,
+        "llamafactory-tuned-float32": 40,
+        "axolotl-tuned-float32": 10,
+        "torchtune-tuned-float32": 70,
+        "floor-default-float32": 30,
+    }
+    results = [result(name, speed) for name, speed in speeds.items()]
+    results[-2]["probe_loss"] = 1.0
+    leading = run.leading("sft", arms_named(*speeds), results)
+    assert [[arm.name for arm in arms] for arms in leading] == [
+        ["chatalign-default-float32", "chatalign-tuned-float32"],
+        ["llamafactory-tuned-float32"],
+        ["floor-default-float32"],
+        ["trl-tuned-float32"],
+    ]
+    few = arms_named("chatalign-tuned-float32", "trl-tuned-float32")
+    assert run.leading("dpo-short", few, results) == [few]  # of which none ran alone
+
+
+def test_what_would_not_fit_into_memory_does_not_step_in_turn(capsys):
+    arms = arms_named("chatalign-default-float32", "trl-tuned-float32", "axolotl-tuned-float32")
+    jobs = [run.Turn(0, "sft", arm) for arm in arms]
+    results = [result(arm.name, 1, memory=memory) for arm, memory in zip(arms, (1, 1e9, 1), strict=True)]
+    assert run.fitting(jobs, results) == jobs[:1]
+    assert "sft trl-tuned-float32: not in turn" in capsys.readouterr().out
+    assert run.fitting(jobs, results[:1]) == jobs
+
+
 def test_lora_is_held_against_our_own_full_fine_tuning():
     results = [
         result("chatalign-default-float32", 20),
@@ -140,9 +189,9 @@ def test_memory_is_flat_or_not():
 @pytest.mark.parametrize(("off", "named"), [(5e-5, False), (2e-4, True)])
 def test_an_arm_with_another_loss_is_named(off, named):
     results = [result("chatalign-default-float32", 1), result("trl-tuned-float32", 1, loss=2.0 + off)]
-    found = run.check_parity(results)
-    assert bool(found) == named
-    assert all("trl-tuned-float32" in line for line in found)
+    found = run.unlike(results)
+    assert list(found) == ["trl-tuned-float32"] * named
+    assert all(f"loss {2 + off:.6f}, chatalign's 2.000000" in line for line in found.values())
 
 
 def test_bf16_is_held_to_bf16():
@@ -152,7 +201,7 @@ def test_bf16_is_held_to_bf16():
         result("trl-tuned-bfloat16", 1, loss=2.002),
         result("trl-default-bfloat16", 1, loss=2.01),
     ]
-    assert [line.split()[0] for line in run.check_parity(results)] == ["trl-default-bfloat16"]
+    assert list(run.unlike(results)) == ["trl-default-bfloat16"]
 
 
 def test_an_arm_without_its_environment_is_left_out(tmp_path, monkeypatch):
